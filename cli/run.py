@@ -1,0 +1,60 @@
+"""`lissom run RECIPE|RUN_DIR`: a chain of stages from a recipe, or on with an earlier run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import _options as o
+
+
+def run(
+    ctx: typer.Context,
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|RUN_DIR", help="A YAML file, the name of a shipped recipe, or the folder of a run to go on with."
+        ),
+    ],
+    out: o.Out = None,
+    resume: o.Resume = False,
+    set_: o.Set = None,
+    dry_run: o.DryRun = False,
+    json_: o.Json = False,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "float32",
+    offload: o.Offload = "none",
+    chunk: o.Chunk = 64,
+    memo: o.Memo = 512,
+    trust_remote_code: o.TrustRemoteCode = False,
+    max_time: o.MaxTime = None,
+    storage: o.Storage = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Run a recipe. Finished stages are not run again; an interrupted run goes on where it was.
+
+    Example: lissom run zoo/fashion-4-steps --out runs/fashion
+    """
+    from ..core.errors import UserError
+    from ..core.recipe import read
+    from ..workflow.describe import effective, shipped
+    from ..workflow.run import recipe_base, reopen
+    from ._run import execute
+
+    machine = o.options(device, dtype, offload, trust_remote_code, chunk, storage, max_time, memo)
+    single = False
+    if (path := Path(what)).is_dir():
+        if out is not None or set_:
+            raise UserError(f"{what}: a run goes on as it was started; --out and --set belong to a new run of its recipe.yaml.")
+        from ..workflow.context import Silent
+
+        _, text, context, single = reopen(path, machine, Silent())
+        folder, base, resume, machine = path, context.base, True, context.options
+    else:
+        path = path if path.is_file() else shipped(what)
+        recipe, text = read(path, set_ or ())
+        text = effective(text, set_ or ())
+        folder, base = out or o.free_folder(recipe.name), recipe_base(path)
+    o.remember(ctx, verbose, None if dry_run else o.go_on(folder, trust_remote_code))
+    execute(text, str(path), base, folder, machine, resume=resume, dry_run=dry_run, as_json=json_, quiet=quiet, single=single)

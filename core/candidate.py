@@ -1,0 +1,166 @@
+"""What a search proposes and what is scored: steps, plans, cuts, candidates, requests. Plain data with canonical JSON."""
+
+import hashlib
+import itertools
+import json
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
+
+Role = Literal["calibrate", "search", "rescore", "report"]
+
+
+class Data(BaseModel):
+    """Frozen, refuses unknown fields, and writes itself as canonical JSON: sorted keys, fields at their default omitted.
+
+    Because defaults are omitted, a field added later leaves the hash of older records as it was.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def plain(self) -> dict[str, Any]:
+        """JSON-ready dict without the fields that hold their default."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    def canonical(self) -> str:
+        return canonical(self.plain())
+
+    def digest(self) -> str:
+        """sha256 of the canonical JSON, in hex."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+
+class Step(Data):
+    """One solver interval. It may call the denoiser more than once (Heun, PLMS): `skip` holds for all of its calls.
+
+    >>> Step(timestep=999, skip=("b", "a", "a")).canonical()
+    '{"skip":["a","b"],"timestep":999}'
+    """
+
+    timestep: float  # as the scheduler holds it: 0..N-1 for variance-preserving schedules, (0, N] for flow matching
+    sigma: float | None = None  # noise level after all shifting, for schedulers whose sigma is not a function of the timestep
+    skip: tuple[str, ...] = ()  # addresses of layers that are not executed in this step
+
+    @field_validator("skip")
+    @classmethod
+    def _sorted(cls, skip: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(set(skip)))  # one set of layers, one key
+
+    @field_serializer("timestep")
+    def _whole(self, timestep: float) -> float | int:
+        return int(timestep) if timestep == int(timestep) else timestep
+
+
+class Scheduler(Data):
+    """A diffusers scheduler: class name and config (private keys and library versions left out)."""
+
+    name: str  # e.g. "DDIMScheduler"
+    config: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def of(cls, scheduler: Any) -> Self:
+        """Describe a diffusers scheduler instance."""
+        config = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
+        return cls(name=type(scheduler).__name__, config=json.loads(json.dumps(config, default=_listed)))
+
+
+class SamplingPlan(Data):
+    """How to sample: the solver and its steps, timesteps strictly descending.
+
+    >>> SamplingPlan(scheduler=Scheduler(name="DDIMScheduler"), steps=(Step(timestep=3), Step(timestep=3)))
+    Traceback (most recent call last):
+    pydantic_core._pydantic_core.ValidationError: 1 validation error for SamplingPlan
+      Value error, timesteps must strictly descend, got (3.0, 3.0) ...
+    """
+
+    scheduler: Scheduler
+    steps: tuple[Step, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _descending(self) -> Self:
+        times = self.timesteps
+        if any(a <= b for a, b in itertools.pairwise(times)):
+            raise ValueError(f"timesteps must strictly descend, got {times}")
+        return self
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        return tuple(step.timestep for step in self.steps)
+
+    def pretty(self) -> str:
+        """The text of plan.json: canonical content, indented, one newline at the end."""
+        return json.dumps(self.plain(), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+class Cut(Data):
+    """One change of a denoiser's structure."""
+
+    address: str  # of the layer, in its immediate parent model
+    what: Literal["remove", "keep_heads", "keep_units", "keep_channels", "replace"]
+    value: tuple[int, ...] | str | None = None  # indices that stay, or the name of the replacement
+
+
+class Candidate(Data):
+    """What is varied: a plan, cuts, or both."""
+
+    plan: SamplingPlan | None = None
+    cuts: tuple[Cut, ...] = ()
+
+    @field_validator("cuts")
+    @classmethod
+    def _sorted(cls, cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:
+        return tuple(sorted(set(cuts), key=lambda cut: cut.canonical()))
+
+
+class Seeds(Data):
+    """A block of image seeds. Image `index` of a role has one seed, whatever block, batch or machine it is drawn in.
+
+    >>> Seeds(role="search", base=0, count=3).values() == Seeds(role="search", base=0, count=9).values()[:3]
+    True
+    >>> set(Seeds(role="search", base=0, count=99).values()) & set(Seeds(role="report", base=0, count=99).values())
+    set()
+    """
+
+    role: Role
+    base: int  # the user's --seed
+    count: int = Field(ge=1)
+    start: int = Field(default=0, ge=0)
+
+    def values(self) -> tuple[int, ...]:
+        return tuple(image_seed(self.role, self.base, i) for i in self.indices())
+
+    def indices(self) -> range:
+        return range(self.start, self.start + self.count)
+
+
+class Request(Data):
+    """A candidate and how to score it."""
+
+    candidate: Candidate
+    seeds: Seeds  # seeds.count is the number of samples
+    origin: str = ""  # how it came about ("mutation", "uniform", ...): for the record, not part of the key
+
+    def key(self, evaluator: str) -> str:
+        """The trial key: sha256 of candidate, evaluator, seeds and number of samples."""
+        record = {"candidate": self.candidate.plain(), "evaluator": evaluator, "seeds": self.seeds.plain()}
+        return hashlib.sha256(canonical(record).encode()).hexdigest()
+
+
+def image_seed(role: str, base: int, index: int) -> int:
+    """63-bit seed = hash(role, base, index): blocks of different roles or bases never overlap (up to 2^-63 chance)."""
+    digest = hashlib.sha256(f"{role}/{base}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def canonical(value: Any) -> str:
+    """One text per value: sorted keys, no spaces, no NaN.
+
+    >>> canonical({"b": 1, "a": [2.5, None]})
+    '{"a":[2.5,null],"b":1}'
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _listed(value: Any) -> Any:
+    """JSON for the odd things in scheduler configs (numpy arrays and scalars, tuples in older files)."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -1,0 +1,153 @@
+"""What a step of a pipeline computes: multiply-accumulates (MACs) of its denoiser, in all and per layer that can be skipped.
+
+Counted on the operators that really run: matrix products, convolutions and both products of attention. Normalisation,
+activations and additions are not counted, as is the custom.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from . import anatomy
+from .candidate import SamplingPlan, Scheduler, Step
+from .driving.drive import drive
+from .driving.refusals import check_pipeline
+from .driving.run import Run
+from .driving.schedulers import kind_of
+from .driving.steering import Call, Next, denoisers
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The arithmetic of one image."""
+
+    total: int  # MACs per image and solver step, guidance's second half of the batch included
+    layers: dict[str, int]  # address -> MACs per image and step that skipping the layer saves
+    params: int  # numbers in the parameters of the denoiser(s)
+
+
+def measure(pipe: Any, arguments: dict[str, Any]) -> Costs:
+    """Run one real step of the pipeline with a batch of one, and count.
+
+    arguments: of `pipe.__call__` for one image (a prompt or class label, guidance_scale, height, ...): costs depend on them.
+    A step is one evaluation of the solver. Raises CannotFollow for a pipeline that cannot be driven.
+    """
+    check_pipeline(pipe)
+    counter = _Counter()
+    accepted = set(inspect.signature(pipe.__call__).parameters)
+    extra = {"num_inference_steps": 1, "output_type": "latent", "generator": torch.Generator("cpu").manual_seed(0)}
+    before = getattr(pipe, "_progress_bar_config", None) or {}
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        with drive(pipe, Run(_one_step(pipe)), [counter]):
+            pipe(**{**{k: v for k, v in extra.items() if k in accepted}, **arguments})
+    finally:
+        pipe.set_progress_bar_config(**before)
+    params = sum(p.numel() for module in denoisers(pipe).values() for p in module.parameters())
+    return Costs(counter.flops // 2, {address: flops // 2 for address, flops in counter.layers.items()}, params)
+
+
+def plan_macs(costs: Costs, plan: SamplingPlan) -> int:
+    """MACs per image of a whole plan. A skipped layer inside a skipped layer counts once.
+
+    >>> costs = Costs(total=100, layers={"a": 30, "a.b": 10, "c": 5}, params=0)
+    >>> plan = SamplingPlan(scheduler=Scheduler(name="DDIMScheduler"),
+    ...                     steps=(Step(timestep=9), Step(timestep=5, skip=("a", "a.b", "c"))))
+    >>> plan_macs(costs, plan)
+    165
+    """
+    return sum(costs.total - sum(costs.layers[a] for a in outermost(step.skip)) for step in plan.steps)
+
+
+def outermost(addresses: tuple[str, ...]) -> list[str]:
+    """Addresses that lie in no other one of the list."""
+    return [a for a in addresses if not any(a.startswith(b + ".") for b in addresses)]
+
+
+@dataclass
+class _Counter:
+    """The interceptor that counts."""
+
+    flops: int = 0
+    layers: dict[str, int] = field(default_factory=dict)
+
+    def __call__(self, call: Call, following: Next) -> Any:
+        with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as mode, self._layers(call.module, mode) as clock:
+            output = following(call)
+        self.flops += clock.now()
+        return output
+
+    @contextlib.contextmanager
+    def _layers(self, denoiser: nn.Module, mode: FlopCounterMode) -> Iterator["_Clock"]:
+        """Time every skippable layer by the count of flops; then run its substitute, whose flops a skip does not save."""
+        clock, hooks = _Clock(mode), []
+        for layer in anatomy.layers(denoiser):
+            module = anatomy.uncompiled(denoiser).get_submodule(layer.address)
+            started: list[int] = []
+
+            def start(module: nn.Module, args: Any, kwargs: Any, started: list[int] = started) -> None:
+                started.append(clock.now())
+
+            def stop(
+                module: nn.Module,
+                args: Any,
+                kwargs: Any,
+                output: Any,
+                address: str = layer.address,
+                started: list[int] = started,
+            ) -> None:
+                spent = clock.now() - started.pop()
+                kept = clock.aside(lambda: anatomy.substitute(module)(module, *args, **kwargs))
+                self.layers[address] = self.layers.get(address, 0) + spent - kept
+
+            hooks.append(module.register_forward_pre_hook(start, with_kwargs=True))
+            hooks.append(module.register_forward_hook(stop, with_kwargs=True))
+        try:
+            yield clock
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class _Clock:
+    """The flops counted so far, without those of substitutes that were only run to be measured."""
+
+    def __init__(self, mode: FlopCounterMode) -> None:
+        self.mode, self.excluded = mode, 0
+
+    def now(self) -> int:
+        return self.mode.get_total_flops() - self.excluded
+
+    def aside(self, function: Callable[[], Any]) -> int:
+        """The flops of a function that is none of the model's."""
+        before = self.mode.get_total_flops()
+        function()
+        spent = self.mode.get_total_flops() - before
+        self.excluded += spent
+        return spent
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+# torch counts the fused attention kernels of CUDA, not the one of the CPU.
+_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+def _one_step(pipe: Any) -> SamplingPlan:
+    """A plan of one step with the pipeline's scheduler, or a stand-in where that cannot follow: the arithmetic is the same."""
+    scheduler = pipe.scheduler
+    kind = kind_of(type(scheduler).__name__, dict(scheduler.config))
+    if kind is None:
+        flow = type(scheduler).__name__.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas")
+        stand_in: Any = diffusers.FlowMatchEulerDiscreteScheduler if flow else diffusers.DDIMScheduler
+        scheduler = stand_in.from_config(scheduler.config)
+    return SamplingPlan(scheduler=Scheduler.of(scheduler), steps=(Step(timestep=scheduler.config.num_train_timesteps // 2),))

@@ -1,0 +1,8 @@
+"""Run a diffusers pipeline's own `__call__` along a sampling plan: see `follow`."""
+
+from .drive import follow, watch
+from .memo import Memo
+from .refusals import check
+from .run import CannotFollow, Run
+
+__all__ = ["CannotFollow", "Memo", "Run", "check", "follow", "watch"]

@@ -1,0 +1,135 @@
+"""What cannot be driven, said before any work, with what to do instead."""
+
+import inspect
+import sys
+from typing import Any
+
+import diffusers
+import numpy as np
+
+from ..anatomy import layers
+from ..candidate import SamplingPlan
+from ..methods import suggest
+from .run import CannotFollow
+from .schedulers import KINDS, WHOLE, build, kind_of, noise_levels
+from .skip import find
+from .steering import DENOISERS, denoisers
+
+REASONS = {
+    "CMStochasticIterativeScheduler": "consistency models take noise levels of their own",
+    "CogVideoXDPMScheduler": "its step takes both times from the pipeline, not from its list",
+    "CosineDPMSolverMultistepScheduler": "its times are log-sigmas, not timesteps",
+    "DDPMWuerstchenScheduler": "its times are ratios, not timesteps",
+    "EDMDPMSolverMultistepScheduler": "its times are log-sigmas, not timesteps",
+    "EDMEulerScheduler": "its times are log-sigmas, not timesteps",
+    "EulerDiscreteScheduler": "with timestep_type='continuous' its times are log-sigmas, not timesteps",
+    "KDPM2AncestralDiscreteScheduler": "it inserts mid-points between the planned timesteps",
+    "KDPM2DiscreteScheduler": "it inserts mid-points between the planned timesteps",
+    "RePaintScheduler": "its times are not descending",
+    "SCMScheduler": "its times are angles, not timesteps",
+    "UnCLIPScheduler": "the pipeline computes the previous timestep itself",
+}
+UNDRIVABLE = {
+    "LEditsPPPipelineStableDiffusion": "it computes its own stride beside the scheduler",
+    "LEditsPPPipelineStableDiffusionXL": "it computes its own stride beside the scheduler",
+}
+
+
+def check(pipe: Any, plan: SamplingPlan) -> None:
+    """Raise CannotFollow if `plan` cannot be followed with `pipe`: pipeline, scheduler, times, noise levels, skipped layers."""
+    check_pipeline(pipe)
+    check_scheduler(pipe, plan)
+    check_times(plan)
+    check_skips(pipe, plan)
+
+
+def check_pipeline(pipe: Any) -> None:
+    name = type(pipe).__name__
+    if name in UNDRIVABLE:
+        raise CannotFollow(f"lissom cannot drive a {name}: {UNDRIVABLE[name]}.")
+    inner = [attribute for attribute, value in vars(pipe).items() if isinstance(value, diffusers.DiffusionPipeline)]
+    if inner:
+        raise CannotFollow(f"{name} only calls other pipelines. Drive the inner pipeline ({', '.join(inner)}).")
+    found = denoisers(pipe)
+    if not found or getattr(pipe, "scheduler", None) is None:
+        wanted = f"a scheduler and one of {', '.join(DENOISERS)} that is a torch module"
+        raise CannotFollow(f"lissom cannot drive a {name}: it has not {wanted}.")
+    if any("_lissom" in vars(thing) for thing in (pipe.scheduler, *found.values())):
+        raise CannotFollow("this pipeline (or one that shares its denoiser) is already following a plan. Leave that first.")
+    slicing = getattr(type(pipe), "get_timesteps", None)
+    if slicing is not None and "num_inference_steps" not in list(inspect.signature(slicing).parameters)[:2]:
+        raise CannotFollow(f"lissom cannot drive a {name}: its get_timesteps{inspect.signature(slicing)} cuts sigmas itself.")
+
+
+def check_scheduler(pipe: Any, plan: SamplingPlan) -> None:
+    name = plan.scheduler.name
+    kind = kind_of(name, plan.scheduler.config)
+    if kind is None:
+        known = hasattr(diffusers, name)
+        reason = REASONS.get(name, "it is not among the tested ones" if known else "diffusers has no such class")
+        flow = type(pipe.scheduler).__name__.startswith("FlowMatch")
+        instead = "FlowMatchEulerDiscreteScheduler" if flow else "DPMSolverMultistepScheduler"
+        others = "" if flow else " (or DDIMScheduler, EulerDiscreteScheduler)"
+        raise CannotFollow(
+            f"lissom cannot follow a plan with {name}: {reason}. Use --scheduler {instead}{others}, in Python "
+            f"pipe.scheduler = {instead}.from_config(pipe.scheduler.config)."
+            f"{'' if known else suggest(name, KINDS)}"
+        )
+    if kind == "sigma" and build(plan.scheduler).init_noise_sigma != 1 and not _scales(pipe):
+        raise CannotFollow(
+            f"{type(pipe).__name__} does not scale noise and input as {name} needs. "
+            f"Use a plan with DDIMScheduler or DPMSolverMultistepScheduler."
+        )
+    own = kind_of(type(pipe.scheduler).__name__, dict(pipe.scheduler.config))
+    if own is not None and (own == "flow") != (kind == "flow"):
+        trained = "flow matching" if own == "flow" else "a variance-preserving schedule"
+        raise CannotFollow(f"the plan's {name} does not fit the pipeline, whose model was trained with {trained}.")
+
+
+def _scales(pipe: Any) -> bool:
+    """Whether the pipeline works in a scheduler's own scale, where noise is sigma times larger (Euler's is not 0..1)."""
+    classes = [
+        c for c in type(pipe).__mro__ if issubclass(c, diffusers.DiffusionPipeline) and c is not diffusers.DiffusionPipeline
+    ]
+    try:
+        source = "".join(inspect.getsource(sys.modules[c.__module__]) for c in classes)
+    except OSError:  # no source, as in a frozen application: nothing to go by
+        return True
+    return "scale_model_input" in source and ("init_noise_sigma" in source or "add_noise" in source)
+
+
+def check_times(plan: SamplingPlan) -> None:
+    name, times = plan.scheduler.name, plan.timesteps
+    kind = kind_of(name, plan.scheduler.config)
+    scheduler = build(plan.scheduler)
+    n = scheduler.config.num_train_timesteps
+    if name in WHOLE and any(t != int(t) for t in times):
+        raise CannotFollow(f"{name} takes whole timesteps, got {next(t for t in times if t != int(t)):g}.")
+    if kind == "flow" and not 0 < times[-1] <= times[0] <= n:
+        raise CannotFollow(f"{name} takes timesteps above 0 and up to {n}, got {times[0]:g} to {times[-1]:g}.")
+    if kind != "flow" and not 0 <= times[-1] <= times[0] <= n - 1:
+        raise CannotFollow(f"{name} takes timesteps from 0 to {n - 1}, got {times[0]:g} to {times[-1]:g}.")
+    if len(np.unique(np.array(times, np.float32))) < len(times):
+        raise CannotFollow("some timesteps of the plan are equal in single precision, in which the pipeline takes them.")
+    if kind in ("table", "list"):
+        if any(step.sigma is not None for step in plan.steps):
+            raise CannotFollow(f"{name} has no noise levels of its own: leave `sigma` out of the plan's steps.")
+        return
+    levels = noise_levels(scheduler, plan).astype(np.float32)
+    if levels[-1] <= 0 or np.any(np.diff(levels) >= 0) or (kind == "flow" and levels[0] > 1):
+        bound = " and start at 1 or below" if kind == "flow" else ""
+        raise CannotFollow(f"the plan's noise levels must strictly descend, stay above 0{bound}, got {levels.tolist()}.")
+
+
+def check_skips(pipe: Any, plan: SamplingPlan) -> None:
+    wanted = sorted({address for step in plan.steps for address in step.skip})
+    if not wanted:
+        return
+    found = denoisers(pipe)
+    known = {layer.address for module in found.values() for layer in layers(module)}
+    for address in wanted:
+        if address not in known:
+            names = " or ".join(found)
+            exists = any(find(module, address) is not None for module in found.values())
+            why = f"the layer {address!r} of {names} cannot be skipped" if exists else f"{names} has no layer {address!r}"
+            raise CannotFollow(f"{why}.{suggest(address, known) or f' {len(known)} layers can be skipped.'}")

@@ -1,0 +1,97 @@
+"""What a run along a plan counts and remembers, and the error for what cannot be driven."""
+
+import copy
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..candidate import SamplingPlan, Step
+from ..errors import UserError
+
+
+class CannotFollow(UserError):
+    """The plan cannot be followed with this pipeline or scheduler, or the pipeline left it. Says what to do instead."""
+
+
+@dataclass
+class Run:
+    """The state of a pipeline on its way along a plan. It lives on the scheduler, so that a copied scheduler has its own.
+
+    Pipelines that copy their scheduler (one for pictures, one for sound) step both: the copy must not advance the original.
+    """
+
+    plan: SamplingPlan | None = None  # None: the pipeline's own schedule, only watched
+    generators: list[torch.Generator] | None = None  # one per image, for pipelines that hand none to `scheduler.step`
+    calls: int = 0  # denoiser forwards executed, over all calls of the pipeline
+    served: int = 0  # denoiser forwards answered from the memo
+    evals: int = 0  # calls of `scheduler.step` since the pipeline last set the timesteps
+    ordinal: int = 0  # denoiser calls since the last `scheduler.step`
+    last: Tensor | None = None  # sample after the last step, in the shape that the pipeline gave: (B, C, H, W) or packed
+    started: int = 0  # how often the pipeline set the timesteps
+    times: list[float] = field(default_factory=list)  # timestep of each eval
+    where: list[int] = field(default_factory=list)  # index of the planned step of each eval
+    short: int | None = None  # planned steps done by an earlier call that ended too soon
+    _prefixes: list[str] = field(default_factory=list)
+
+    def begin(self, times: list[float]) -> None:
+        """The timesteps are set (again): `times` holds one entry per eval; equal neighbours belong to one planned step."""
+        if 0 < self.evals < len(self.times):
+            self.short = self.steps
+        rank, where = -1, []
+        for i, t in enumerate(times):
+            rank += i == 0 or t != times[i - 1]
+            where.append(rank)
+        self.times, self.where = times, where
+        self.evals = self.ordinal = 0
+        self.last = None
+        self.started += 1
+
+    def stepped(self, sample: Tensor) -> None:
+        self.last = sample
+        self.evals += 1
+        self.ordinal = 0
+
+    @property
+    def index(self) -> int:
+        """Index of the planned step that the denoiser is called for."""
+        return self.where[self.evals]
+
+    @property
+    def step(self) -> Step:
+        assert self.plan is not None
+        return self.plan.steps[self.index]
+
+    @property
+    def steps(self) -> int:
+        """Planned steps completed since the pipeline last set the timesteps."""
+        if self.evals < len(self.where):
+            return self.where[self.evals]
+        return self.where[-1] + 1 if self.where else self.evals
+
+    def prefix(self) -> str:
+        """Digest of the planned steps up to and including the current one."""
+        if not self._prefixes:
+            assert self.plan is not None
+            digest = hashlib.sha256()
+            for step in self.plan.steps:
+                digest.update(step.canonical().encode())
+                self._prefixes.append(digest.copy().hexdigest())
+        return self._prefixes[self.index]
+
+    def verify(self) -> None:
+        """Raise CannotFollow if the pipeline was run and left planned steps out."""
+        if self.plan is None or not (self.started or self.calls or self.served):
+            return
+        done = self.steps if self.short is None else self.short
+        if self.short is not None or self.evals != len(self.times):
+            total = len(self.plan.steps)
+            raise CannotFollow(
+                f"the pipeline ran {done} of {total} planned steps (denoising_end, an interrupt, or a loop that does not "
+                "follow its scheduler?). Remove the argument that shortens the loop; the plan sets the steps."
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return copy.copy(self)  # own counters; the plan, the last sample and the generators are shared

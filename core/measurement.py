@@ -1,0 +1,148 @@
+"""A number with everything that makes it comparable, and the trials that hold them."""
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from .candidate import Data, Request, Seeds
+
+REPLICATES = 40  # half-samples behind an interval, in 20 pairs; the standard error is known to about 1 / sqrt(2 * 20) = 16 %
+T_95 = 2.085963  # two-sided 95 % quantile of Student's t with 20 degrees of freedom: the halves come in 20 opposite pairs
+
+
+class Measurement(Data):
+    """One metric of one (model, plan) on given seeds.
+
+    `replicates` are the values over fixed half-samples of the seed list (`half_samples`). Half-sampling is the
+    delete-d jackknife with d = n/2 (Shao and Wu 1989): the spread of the replicates around their own mean estimates
+    the standard error of `value`. Their mean is not used: a Frechet distance over n/2 images is biased upward.
+    """
+
+    metric: str  # the metric's file in evaluate/: fid, clip_score, accuracy, ...
+    value: float
+    unit: str = ""
+    direction: Literal["lower", "higher"]  # which way is better
+    features: str | None = None  # zoo:judge, inception, clip:ViT-B-32/openai, ...
+    reference: str | None = None  # hash of the reference statistics
+    resize: str | None = None
+    n: int  # images
+    prompts: str | None = None  # hash of the conditions
+    seeds: Seeds | None = None
+    replicates: tuple[float, ...] = ()
+    versions: dict[str, str] = Field(default_factory=dict)
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    @property
+    def label(self) -> str:
+        """The name to print: FID is kept for Inception features, every other Frechet distance names its features."""
+        if self.metric != "fid":
+            return self.metric
+        return "FID" if self.features == "inception" else f"FD[{self.features}]"
+
+    @property
+    def standard_error(self) -> float | None:
+        return _spread(self.replicates)
+
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the value, or None without replicates."""
+        error = self.standard_error
+        return None if error is None else (self.value - T_95 * error, self.value + T_95 * error)
+
+    def better(self, other: "Measurement") -> bool:
+        return self.value < other.value if self.direction == "lower" else self.value > other.value
+
+
+class Trial(Data):
+    """One scored request."""
+
+    number: int
+    request: Request
+    state: Literal["complete", "failed"] = "complete"
+    measurements: tuple[Measurement, ...] = ()
+    error: str | None = None
+    calls: int = 0  # denoiser calls executed for it
+    plain_calls: int = 0  # denoiser calls without shared prefixes
+    seconds: float = 0.0
+
+    def measured(self, metric: str) -> Measurement | None:
+        return next((m for m in self.measurements if m.metric == metric), None)
+
+    def value(self, metric: str) -> float:
+        """The metric as a cost to minimise; infinite for a failed trial, so that every method survives failures."""
+        found = self.measured(metric)
+        if found is None:
+            return math.inf
+        return found.value if found.direction == "lower" else -found.value
+
+
+def half_samples(n: int, period: int = 1) -> tuple[tuple[int, ...], ...]:
+    """REPLICATES index sets of size about n / 2: complementary halves of fixed shuffles, a function of n and period alone.
+
+    period: after how many images the conditions repeat (10 for ten classes in turn). Every half then holds half of each
+    condition's images: unstratified halves would count the chance of an uneven mix, which balanced seed blocks never have.
+
+    >>> halves = half_samples(12, period=3)
+    >>> len(halves), sorted(halves[0] + halves[1]) == list(range(12)), sum(i % 3 == 0 for i in halves[0])
+    (40, True, 2)
+    """
+    rng, halves = random.Random(n), []
+    strata = [range(start, n, period) for start in range(period)] if 2 * period <= n else [range(n)]
+    for _ in range(REPLICATES // 2):
+        one: list[int] = []
+        two: list[int] = []
+        for number, stratum in enumerate(strata):
+            order = list(stratum)
+            rng.shuffle(order)
+            middle = (len(order) + number % 2) // 2  # strata of odd size give their odd one to either half in turn
+            one += order[:middle]
+            two += order[middle:]
+        halves += [tuple(sorted(one)), tuple(sorted(two))]
+    return tuple(halves)
+
+
+def ratio(a: Measurement, b: Measurement) -> tuple[float, tuple[float, float] | None]:
+    """a / b with its 95 % interval, paired by half-sample when both used the same seeds, unpaired (wider) otherwise.
+
+    The spread is that of the replicates relative to the full values, by the delta method on log(a / b). The replicates' own
+    ratios would be too even: a Frechet distance over half the images is larger by its bias, above and below the line.
+    """
+    value = a.value / b.value
+    if not _known(a, b) or a.value <= 0 or b.value <= 0:
+        return value, None
+    error = _paired([x / a.value for x in a.replicates], [x / b.value for x in b.replicates], _same_halves(a, b))
+    return value, (value * math.exp(-T_95 * error), value * math.exp(T_95 * error))
+
+
+def difference(a: Measurement, b: Measurement) -> tuple[float, tuple[float, float] | None]:
+    """a - b with its 95 % interval, paired as in `ratio`."""
+    value = a.value - b.value
+    if not _known(a, b):
+        return value, None
+    error = _paired(a.replicates, b.replicates, _same_halves(a, b))
+    return value, (value - T_95 * error, value + T_95 * error)
+
+
+def _known(a: Measurement, b: Measurement) -> bool:
+    """Whether both spreads are known: with only one of them, an interval would be too narrow."""
+    return a.standard_error is not None and b.standard_error is not None
+
+
+def _same_halves(a: Measurement, b: Measurement) -> bool:
+    return (a.seeds, a.n, a.prompts) == (b.seeds, b.n, b.prompts)
+
+
+def _paired(a: Sequence[float], b: Sequence[float], same_seeds: bool) -> float:
+    if same_seeds and len(a) == len(b):
+        return _spread([x - y for x, y in zip(a, b, strict=True)]) or 0.0
+    return math.hypot(_spread(a) or 0.0, _spread(b) or 0.0)
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))

@@ -1,0 +1,255 @@
+"""Recipes: the YAML that teams share, as frozen models. Unknown keys are refused, all errors are shown at once with file:line."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from . import methods
+from .candidate import Data
+from .errors import UserError, one_line
+from .methods import suggest
+
+
+class Evaluate(Data):
+    """How every result of the recipe is scored."""
+
+    reference: str | None = None  # image folder, zip, statistics file, zoo:NAME or teacher (the default)
+    features: str | None = None  # extractor behind Frechet distances; zoo models have zoo:judge by default
+    metrics: tuple[str, ...] = Field(default=("fid", "clip_score"), min_length=1)
+    samples: int = Field(default=2048, ge=4)  # images behind each number that is reported
+    teacher_steps: int = Field(default=50, ge=1)  # for reference: teacher, steps of the model's own outputs
+
+
+class SearchStage(Data):
+    """Search a sampling plan: `{search: METHOD, steps: K, …}`. The method's own settings stand beside these keys."""
+
+    search: str  # a file in search/, or a module of your own (mylab.search.mine)
+    steps: int = Field(default=4, ge=1)  # K: solver steps of the plan
+    trials: int = Field(default=120, ge=1)  # candidates scored, baselines and re-scores excluded
+    samples: int = Field(default=256, ge=4)  # images per candidate, the same seeds for all
+    objective: str = "fid"  # the metric that is searched
+    budget: dict[Literal["macs"], float] = Field(default_factory=dict)  # at most this share of the uncut K-step run
+    space: tuple[Literal["timesteps", "skips"], ...] = Field(default=("timesteps", "skips"), min_length=1)
+    scheduler: str | None = None  # a diffusers scheduler class to use instead of the model's own
+    rescore: int = Field(default=8, ge=1)  # elites scored again on fresh seeds before a winner is named
+    rescore_samples: int = Field(default=1024, ge=4)
+    settings: dict[str, Any] = Field(default_factory=dict)  # the method's Config, validated
+
+    @model_validator(mode="after")
+    def _sensible(self) -> "SearchStage":
+        for name, share in self.budget.items():
+            if not 0 < share <= 1:
+                raise ValueError(f"budget {name}={share:g}: must be above 0 and at most 1, a share of the uncut run")
+        if "timesteps" not in self.space:
+            raise ValueError("space must contain timesteps")
+        return self
+
+    @property
+    def method(self) -> str:
+        return self.search
+
+
+class Recipe(Data):
+    """A model, how it is scored, and a chain of stages."""
+
+    lissom: Literal[1]  # version of the recipe format
+    name: str = Field(default="recipe", pattern=r"^\w[\w.-]*$")  # names the output folder too
+    model: str  # hub id (id@revision), folder, or zoo:NAME
+    model_hash: str | None = None  # refuse to run on other weights than these
+    seed: int = Field(default=0, ge=0)
+    prompts: str | None = None  # .txt or .jsonl, relative to the recipe; the zoo has balanced classes by default
+    call: dict[str, Any] = Field(default_factory=dict)  # further `__call__` arguments: guidance_scale, height, …
+    evaluate: Evaluate = Evaluate()
+    stages: tuple[SearchStage, ...] = Field(min_length=1)
+
+
+VERBS: dict[str, type[BaseModel]] = {"search": SearchStage}
+
+
+def read(path: Path, overrides: Iterable[str] = ()) -> tuple[Recipe, str]:
+    """The recipe of a YAML file, and its exact text. overrides: `key.path=value`, e.g. stages.0.trials=60."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot read the recipe ({e}). `lissom recipes list` shows the shipped ones.") from e
+    return parse(text, str(path), overrides), text
+
+
+def parse(text: str, where: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Validate the text of a recipe; UserError lists every mistake as `file:line: what, what to do`."""
+    wrong: list[str] = []
+    lines: dict[tuple[str | int, ...], int] = {}
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None:
+            for path, line, repeated in _positions(node):
+                lines[path] = line
+                if repeated:
+                    wrong.append(f"{where}:{line}: {path[-1]!r} is given twice. Keep one.")
+        data = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as e:
+        line = e.problem_mark.line + 1 if e.problem_mark else 1
+        raise UserError(f"{where}:{line}: not valid YAML ({e.problem}).") from e
+    except (yaml.YAMLError, ValueError) as e:  # control characters, a date such as 2024-99-99
+        raise UserError(f"{where}: not valid YAML ({one_line(e)}).") from e
+    if not isinstance(data, dict):
+        kind = "empty" if data is None else f"a {type(data).__name__}"
+        raise UserError(f"{where}:1: a recipe is a mapping with the keys lissom, model and stages; this is {kind}.")
+    for text_ in overrides:
+        override(data, text_)
+    return build(data, where, lines, wrong)
+
+
+def build(
+    data: dict[str, Any], where: str, lines: Mapping[tuple[str | int, ...], int] | None = None, wrong: list[str] | None = None
+) -> Recipe:
+    """A recipe from plain data (see `parse`)."""
+    wrong = wrong if wrong is not None else []
+    lines = lines or {}
+
+    def complain(location: tuple[str | int, ...], message: str) -> None:
+        line = next((lines[location[:n]] for n in range(len(location), -1, -1) if location[:n] in lines), None)
+        dotted = ".".join(str(part) for part in location)
+        wrong.append(f"{where}{f':{line}' if line else ''}: {dotted + ': ' if dotted else ''}{message}")
+
+    data = dict(data)
+    stages = data.get("stages")
+    refused: set[tuple[str | int, ...]] = set()  # stages of which all is said
+    if isinstance(stages, list):
+        data["stages"] = [_stage(raw, ("stages", i), complain) for i, raw in enumerate(stages)]
+        refused = {("stages", i) for i, stage in enumerate(data["stages"]) if stage is None}
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as e:
+        errors = e.errors()
+        for error in errors:
+            if error["loc"][:2] in refused:
+                continue
+            if error["type"] == "too_short" and len(errors) > 1:
+                continue  # pydantic also says that a list whose items are wrong is empty
+            complain(error["loc"], _message(error))
+    if wrong or recipe is None:
+        raise UserError("\n".join(dict.fromkeys(wrong)))
+    return recipe
+
+
+def override(data: dict[str, Any], text: str) -> None:
+    """Apply `key.path=value` in place; the value is read as YAML, so 3, 0.5, true, [1, 2] and {a: 1} mean what they say."""
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set {text}: write it as key=value, e.g. --set population=20 or --set stages.0.trials=60.")
+    *parents, last = path.split(".")
+    at: Any = data
+    for part in parents:
+        at = at[int(part)] if isinstance(at, list) and part.isdigit() and int(part) < len(at) else _enter(at, part, text)
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as e:
+        raise UserError(f"--set {text}: the value is not valid YAML ({e}).") from e
+    if not isinstance(at, dict):
+        raise UserError(f"--set {text}: {'.'.join(parents)} is not a mapping.")
+    at[last] = parsed
+
+
+def settings(verb: str, method: str, given: Mapping[str, Any]) -> Any:
+    """The method's Config from plain settings; UserError with a suggestion where one is unknown or out of range."""
+    config = methods.load(verb, method).Config
+    try:
+        return config.model_validate(dict(given))
+    except ValidationError as e:
+        known = list(config.model_fields)
+        raise UserError("\n".join(f"{method}: {'.'.join(map(str, x['loc']))}: {_message(x, known)}" for x in e.errors())) from e
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe for editors, with every method's own settings."""
+    schema = Recipe.model_json_schema()
+    common = schema["$defs"].pop("SearchStage")
+    common["properties"].pop("settings")
+    stages = []
+    for name in methods.names("search"):
+        config = methods.load("search", name).Config.model_json_schema()
+        stages.append(
+            {
+                **common,
+                "title": f"search: {name}",
+                "properties": {**common["properties"], **config.get("properties", {}), "search": {"const": name}},
+                "description": config.get("description", ""),
+            }
+        )
+        schema["$defs"].update(config.get("$defs", {}))
+    own = {**common, "additionalProperties": True, "properties": {**common["properties"], "search": {"pattern": r"\."}}}
+    schema["properties"]["stages"]["items"] = {"anyOf": [*stages, {**own, "title": "search: a module of your own"}]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "lissom recipe"}
+
+
+def _stage(raw: Any, at: tuple[str | int, ...], complain: Any) -> Any:
+    """Split a stage's keys into the verb's own and the method's settings, and validate the latter; None if it is no stage."""
+    if not isinstance(raw, dict):
+        complain(at, f"a stage is a mapping such as {{search: autodiffusion, steps: 4}}, got {raw!r}")
+        return None
+    verbs = [v for v in VERBS if v in raw]
+    if len(verbs) != 1:
+        near = next((s for k in raw if (s := suggest(str(k), VERBS))), "")
+        complain(
+            at, f"exactly one of {', '.join(VERBS)} says what the stage does; its keys are {', '.join(map(str, raw))}.{near}"
+        )
+        return None
+    verb = verbs[0]
+    own = {k: v for k, v in raw.items() if k in VERBS[verb].model_fields and k != "settings"}
+    rest = {str(k): v for k, v in raw.items() if k not in own}
+    try:
+        config = methods.load(verb, str(raw[verb])).Config
+    except UserError as e:
+        complain((*at, verb), str(e))
+        return own
+    try:
+        own["settings"] = config.model_validate(rest).model_dump(mode="json")
+    except ValidationError as e:
+        known = [*(k for k in VERBS[verb].model_fields if k != "settings"), *config.model_fields]
+        for error in e.errors():
+            complain((*at, *error["loc"]), _message(error, known))
+    return own
+
+
+def _message(error: Any, known: Iterable[str] | None = None) -> str:
+    if error["type"] == "extra_forbidden":
+        name = str(error["loc"][-1])
+        owner = next((m for m in (Evaluate, Recipe) if (len(error["loc"]) > 1) == (m is Evaluate)), Recipe)
+        choices = list(known) if known is not None else list(owner.model_fields)
+        return f"unknown key. Known here: {', '.join(choices)}.{suggest(name, choices)}"
+    text = error["msg"].removeprefix("Value error, ").replace("valid tuple", "list").replace("valid dictionary", "mapping")
+    given = "" if error["type"] in ("missing", "value_error") else f", got {error['input']!r}"
+    return f"{text[0].lower()}{text[1:]}{given}"
+
+
+def _positions(
+    node: Any, path: tuple[str | int, ...] = (), within: tuple[int, ...] = ()
+) -> Iterator[tuple[tuple[str | int, ...], int, bool]]:
+    """(path, line from 1, key seen before) of every value. within: the nodes around this one, as an alias may name one."""
+    yield path, node.start_mark.line + 1, False
+    if id(node) in within:
+        raise yaml.MarkedYAMLError(problem="an alias that contains itself", problem_mark=node.start_mark)
+    within = (*within, id(node))
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = str(key.value)
+            yield (*path, name), key.start_mark.line + 1, name in seen
+            seen.add(name)
+            for deeper in _positions(value, (*path, name), within):
+                if deeper[0] != (*path, name):
+                    yield deeper
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            yield from _positions(value, (*path, i), within)
+
+
+def _enter(at: Any, part: str, text: str) -> Any:
+    if not isinstance(at, dict):
+        raise UserError(f"--set {text}: there is no {part!r} here.")
+    return at.setdefault(part, {})

@@ -1,0 +1,125 @@
+"""The fixed schedules that a searched one must beat, as plans, and what a plan for a scheduler may contain."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .candidate import SamplingPlan, Scheduler, Step
+
+
+@dataclass(frozen=True)
+class Times:
+    """Which timesteps a plan may contain."""
+
+    n: int  # timesteps of the training schedule
+    integer: bool  # whole numbers only
+    lowest: float
+    highest: float
+
+
+def times(scheduler: Any) -> Times:
+    """What a plan for a diffusers scheduler may contain: 0..N-1 for variance-preserving schedules, 1..N for flow matching.
+
+    (Flow matching takes any time above 0; below 1 is less noise than the model was trained to remove.)
+    """
+    from .driving.schedulers import WHOLE
+
+    n, flow = scheduler.config.num_train_timesteps, _is_flow(scheduler)
+    integer = not flow or type(scheduler).__name__ in WHOLE
+    return Times(n, integer, 1.0 if flow else 0.0, float(n) if flow else float(n - 1))
+
+
+def fixed(scheduler: Any, steps: int) -> dict[str, SamplingPlan]:
+    """The usual schedules of `steps` timesteps, by name. Raises ValueError unless 1 <= steps <= N.
+
+    Variance-preserving: leading, trailing and linspace by the scheduler's own formula, `steps_offset` included
+    (Lin et al., 2305.08891, Table 2), and quadratic, (linspace(0, sqrt(0.8 N), K))^2 (Song et al., 2010.02502, App. D.2).
+    Flow matching, t = N sigma: stock (what the scheduler itself would do, with its shift), linear (sigma from 1 to 1/K)
+    and quadratic (the square of linear).
+    Where a formula repeats a timestep or leaves the range, the timesteps are moved to the nearest free ones.
+    """
+    limits = times(scheduler)
+    if not 1 <= steps <= limits.n:
+        raise ValueError(f"steps must be in 1..{limits.n}, got {steps}")
+    described = Scheduler.of(scheduler)
+    if _is_flow(scheduler):
+        plans = {name: _plan(described, limits, t) for name, t in _flow_shapes(limits.n, steps).items()}
+        return {"stock": _stock_flow(scheduler, described, limits, steps)} | plans
+    return {name: _plan(described, limits, t) for name, t in _preserving_shapes(scheduler, limits.n, steps).items()}
+
+
+def _is_flow(scheduler: Any) -> bool:
+    from .driving.schedulers import kind_of
+
+    return kind_of(type(scheduler).__name__, dict(scheduler.config)) == "flow"
+
+
+def _preserving_shapes(scheduler: Any, n: int, steps: int) -> dict[str, np.ndarray]:
+    from .driving.schedulers import NEUTRAL, build
+
+    shapes = {}
+    for name in ("leading", "trailing", "linspace"):
+        stock = build(Scheduler.of(scheduler), **(NEUTRAL | {"timestep_spacing": name}))
+        stock.set_timesteps(steps)
+        shapes[name] = stock.timesteps.numpy()[:steps]  # "trailing" rounds to one too many for some numbers of steps
+    roots = np.linspace(np.sqrt(0.8 * n), 0, steps)  # from the top, so that a single step starts at noise
+    return shapes | {"quadratic": roots**2}
+
+
+def _flow_shapes(n: int, steps: int) -> dict[str, np.ndarray]:
+    linear = np.linspace(1, 1 / steps, steps)
+    return {"linear": n * linear, "quadratic": n * linear**2}
+
+
+def _stock_flow(scheduler: Any, described: Scheduler, limits: Times, steps: int) -> SamplingPlan:
+    """The scheduler's own flow-matching schedule, with its shift.
+
+    Dynamic shifting depends on the image size: taken at its upper end (`max_shift`), Flux's 1024 x 1024, over Flux's own
+    linear base sigmas.
+    """
+    from .driving.schedulers import build
+
+    stock = build(described)
+    config = stock.config
+    if config.get("use_dynamic_shifting") and "max_shift" in config:
+        stock.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist(), mu=config.max_shift)
+    elif config.get("use_dynamic_shifting"):
+        stock = build(described, use_dynamic_shifting=False)
+        stock.set_timesteps(steps)
+    else:
+        stock.set_timesteps(steps)
+    shown, levels = stock.timesteps.double().numpy(), stock.sigmas.double().numpy()[:steps]
+    if config.get("invert_sigmas"):
+        shown, levels = limits.n - shown, 1 - levels
+    placed = _placed(shown, limits)
+    # The noise level is written out where the timestep alone would not give it back: shown times may be truncated.
+    same = [np.float32(t / limits.n) == np.float32(level) for t, level in zip(placed, levels, strict=True)]
+    sigmas = [None if s else float(level) for s, level in zip(same, levels, strict=True)]
+    return SamplingPlan(
+        scheduler=described, steps=tuple(Step(timestep=t, sigma=s) for t, s in zip(placed, sigmas, strict=True))
+    )
+
+
+def _plan(described: Scheduler, limits: Times, wanted: np.ndarray) -> SamplingPlan:
+    return SamplingPlan(scheduler=described, steps=tuple(Step(timestep=t) for t in _placed(wanted, limits)))
+
+
+def _placed(wanted: Sequence[float] | np.ndarray, limits: Times) -> list[float]:
+    """Valid, strictly descending timesteps near the wanted ones, (K,). Raises nothing for K <= N.
+
+    >>> _placed([1000, 3, 3, 0], Times(n=1000, integer=True, lowest=0, highest=999))
+    [999.0, 3.0, 2.0, 0.0]
+    """
+    values = np.sort(np.asarray(wanted, dtype=np.float64))[::-1]
+    if not limits.integer:
+        single = values.astype(np.float32)  # as schedulers hold them
+        if 0 < single[-1] and single[0] <= limits.highest and np.all(np.diff(single) < 0):
+            return [float(t) for t in values]
+    placed: list[float] = []
+    for i, t in enumerate(np.round(values)):
+        left = len(values) - 1 - i  # so many must still fit below
+        t = min(max(t, limits.lowest + left), limits.highest - i)
+        placed.append(float(min(t, placed[-1] - 1) if placed else t))
+    return placed

@@ -1,0 +1,147 @@
+"""Reference images from a folder or a zip: a fixed order, RGB, one by one, and what could not be read is named.
+
+Shapes: H x W pixels of one image.
+"""
+
+import os
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..core.errors import UserError
+from ._statistics import image_hash
+
+ENDINGS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+# What a damaged image or archive member can raise in PIL, zipfile and zlib (an encrypted member: RuntimeError).
+UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class Images:
+    """Iterate for uint8 pixels (1, H, W, 3); `skipped` then names what could not be read.
+
+    `split` keeps one half of the images: which one an image belongs to is a function of its pixels, so that no
+    image, nor a copy of it under another name, is in both.
+    """
+
+    def __init__(self, source: Path, split: Literal["search", "report"] | None = None) -> None:
+        """Raises UserError if the source is neither a folder nor a zip, or has fewer than 2 image files."""
+        self.source, self.split = source, split
+        self.skipped: list[str] = []
+        with ExitStack() as stack:
+            self.names = sorted(self._open(stack)[0])
+        if len(self.names) < 2:
+            raise UserError(f"{source}: {_images(len(self.names))} in it, a reference needs at least 2 ({_endings()}).")
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Raises UserError at the end if fewer than 2 images could be read, or fell to this half."""
+        self.skipped, readable, given = [], 0, 0
+        with ExitStack() as stack:
+            _, read = self._open(stack)
+            for name in self.names:
+                try:
+                    pixels = rgb(read(name))
+                except UNREADABLE:
+                    self.skipped.append(name)
+                    continue
+                readable += 1
+                if self.split is None or half(pixels) == self.split:
+                    given += 1
+                    yield pixels[None]
+        if readable < 2:
+            raise UserError(
+                f"{self.source}: {readable} of its {_images(len(self.names))} can be read, a reference needs at least 2"
+                f" (unreadable: {', '.join(self.skipped[:3])}{', …' if len(self.skipped) > 3 else ''})."
+            )
+        if given < 2:
+            raise UserError(
+                f"{self.source}: {given} of its {_images(readable)} fell to the half for {self.split}, which needs at least 2."
+                " Give more images, or a statistics file."
+            )
+
+    def signature(self) -> list[list[str | int]]:
+        """Name, size and time of every file: changes when the images do, without reading them."""
+        if not self.source.is_dir():
+            return [_stamp(self.source, self.source.name)]
+        return [_stamp(self.source / name, name) for name in self.names]
+
+    def _open(self, stack: ExitStack) -> tuple[list[str], Callable[[str], bytes]]:
+        """The image files' names, with / between folders, and a function from a name to its bytes."""
+        if self.source.is_dir():
+            return list(_walk(self.source)), lambda name: (self.source / name).read_bytes()
+        try:
+            archive = stack.enter_context(zipfile.ZipFile(self.source))
+        except FileNotFoundError as e:
+            raise UserError(f"{self.source}: no such folder or file. Give an image folder, a zip or a statistics file.") from e
+        except (zipfile.BadZipFile, OSError) as e:
+            raise UserError(f"{self.source}: neither a folder nor a readable zip ({e}).") from e
+        return [name for name in archive.namelist() if _is_image(name)], archive.read
+
+
+def rgb(content: bytes) -> Tensor:
+    """The first frame of an encoded image as uint8 (H, W, 3).
+
+    Alpha is dropped, as clean-fid does. 16-bit grey is scaled to 8 bits (PIL alone would clip it to white). Raises one
+    of UNREADABLE for what is damaged, and for floating-point pixels, whose range nobody knows.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PIL, about odd but readable files
+        with Image.open(BytesIO(content)) as image:
+            if image.mode == "F":
+                raise ValueError("floating-point pixels")
+            if image.mode.startswith("I"):
+                grey = (np.asarray(image, dtype=np.int64) / 257).round().clip(0, 255).astype(np.uint8)  # (H, W)
+                return torch.from_numpy(grey)[..., None].repeat(1, 1, 3)
+            return torch.from_numpy(np.array(image.convert("RGB")))
+
+
+def half(pixels: Tensor) -> Literal["search", "report"]:
+    """Which half an image (H, W, 3) belongs to: the parity of its content hash."""
+    return "search" if int(image_hash(pixels)[-1], 16) % 2 == 0 else "report"
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    for parent, _, files in os.walk(folder):
+        for file in files:
+            name = (Path(parent) / file).relative_to(folder).as_posix()
+            if _is_image(name):
+                yield name
+
+
+def _is_image(name: str) -> bool:
+    path = PurePosixPath(name)  # hidden files and macOS's resource forks have image endings but no image
+    return path.suffix.lower() in ENDINGS and not any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+def _stamp(path: Path, name: str) -> list[str | int]:
+    try:
+        stat = path.stat()
+    except OSError:  # a link to nothing: reading it will say so
+        return [name, -1, -1]
+    return [name, stat.st_size, stat.st_mtime_ns]
+
+
+def _images(count: int) -> str:
+    return f"{count} image" if count == 1 else f"{count} images"
+
+
+def _endings() -> str:
+    return ", ".join(sorted(ending[1:] for ending in ENDINGS))

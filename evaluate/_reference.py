@@ -1,0 +1,81 @@
+"""What generated images are compared with: statistics found, or made once, for one of the two roles of a reference."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from ..core.candidate import canonical
+from ..core.errors import UserError
+from ..core.methods import suggest
+from ._features import ZOO, Features
+from ._images import Images
+from ._statistics import Statistics, of
+
+Role = Literal["search", "report"]
+FOLDER = ZOO / "statistics"
+HALVES: dict[str, Role] = {"train": "search", "test": "report"}  # a search sees the training images, a report the test images
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics and their part in a run."""
+
+    statistics: Statistics
+    source: str
+    role: Role
+    shared: bool  # search and report have to use the same statistics: a report then says so
+
+    @classmethod
+    def of(cls, statistics: Statistics, role: Role, shared: bool = False) -> Self:
+        """For statistics made elsewhere, such as those of the model's own many-step outputs."""
+        return cls(statistics, statistics.provenance.source, role, shared)
+
+
+def load(source: str, features: Features, role: Role, cache: Path | None = None) -> Reference:
+    """The reference SRC of a command line, as these features see it.
+
+    `source`: an image folder or a zip (one half of the images for each role), a statistics file (.safetensors; the
+    same for both roles), or zoo:NAME (training images to search with, test images to report; zoo:NAME/train and
+    zoo:NAME/test are the same for both roles). Statistics of images are kept in `cache` and taken from there while the
+    files stay as they are. Raises UserError for what is missing, damaged, made by other features, or too few images.
+    """
+    if source.startswith("zoo:"):
+        name, _, part = source.removeprefix("zoo:").partition("/")
+        path, shared = _embedded(source, name, part or next(p for p, r in HALVES.items() if r == role)), bool(part)
+    elif source.endswith(".safetensors"):
+        path, shared = Path(source).expanduser(), True
+    else:
+        return Reference(_of_images(Path(source).expanduser(), features, role, cache), source, role, shared=False)
+    statistics = Statistics.load(path)
+    statistics.check(features)
+    return Reference(statistics, source, role, shared)
+
+
+def _embedded(source: str, name: str, part: str) -> Path:
+    path = FOLDER / f"{name}-{part}.safetensors"
+    known = sorted({file.stem.rpartition("-")[0] for file in FOLDER.glob("*.safetensors")})
+    if name not in known or part not in HALVES:
+        there = ", ".join(f"zoo:{n}" for n in known) or "none"
+        hint = suggest(f"zoo:{name}", [f"zoo:{n}" for n in known])
+        raise UserError(f"no reference {source!r}; there are {there}, each also with /train or /test.{hint}")
+    return path
+
+
+def _of_images(source: Path, features: Features, role: Role, cache: Path | None) -> Statistics:
+    images = Images(source, role)
+    identity = [images.signature(), str(source.resolve()), role, features.name, features.hash, features.resize]
+    key = hashlib.sha256(canonical(identity).encode()).hexdigest()[:16]
+    kept = None if cache is None else cache / f"reference-{role}-{key}.safetensors"
+    if kept is not None and kept.is_file():
+        try:
+            statistics = Statistics.load(kept)
+            statistics.check(features)
+            return statistics
+        except UserError:  # a damaged copy is made again: the images are still there
+            pass
+    statistics = of(features, images, str(source))
+    statistics.describe(skipped=tuple(images.skipped))
+    if kept is not None:
+        statistics.save(kept)
+    return statistics

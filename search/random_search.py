@@ -1,0 +1,41 @@
+"""Uniform random plans: the baseline that every search method must beat at the same number of denoiser calls.
+
+Bergstra and Bengio, "Random Search for Hyper-Parameter Optimization", JMLR 13 (2012),
+https://www.jmlr.org/papers/v13/bergstra12a.html
+"""
+
+import random
+from collections.abc import Generator
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..core.candidate import Request
+from ..core.measurement import Trial
+from ._space import Fresh, Task
+
+
+class Config(BaseModel):
+    """Uniform random plans."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    paper: ClassVar[str] = "https://www.jmlr.org/papers/v13/bergstra12a.html"
+
+    batch: int = Field(default=20, ge=1)  # candidates proposed at once; does not change which ones
+
+
+def search(task: Task, config: Config, rng: random.Random) -> Generator[list[Request], list[Trial], None]:
+    """Draw K timesteps uniformly without replacement; where there is a budget, skip random layers until it holds."""
+    fresh, left = Fresh(), task.trials
+    while left > 0:
+        batch: list[Request] = []
+        for _ in range(100 * config.batch):  # a tiny space (K near N) may hold fewer plans than asked
+            if len(batch) == min(config.batch, left):
+                break
+            genome = task.space.fill(task.space.random_times(rng), rng)
+            if fresh.take(genome):
+                batch.append(task.request(genome, "random"))
+        if not batch:
+            return
+        left -= len(batch)
+        yield batch

@@ -1,0 +1,204 @@
+"""The model of a run, ready to be sampled and scored: pipeline, conditions, sampler, features, references."""
+
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..core import models
+from ..core.candidate import Seeds
+from ..core.conditions import NOTES, UNCONDITIONAL, Conditions
+from ..core.conditions import read as read_conditions
+from ..core.errors import UserError, one_line
+from ..core.methods import suggest
+from ..core.models import Model
+from ._evaluator import Evaluator, default_reference, features_for
+from .context import Context
+
+if TYPE_CHECKING:
+    from ..core.sampling import Sampler
+    from ..evaluate._features import Features
+    from ..evaluate._reference import Reference
+
+
+STAND_IN = {"prompt": "", "class_labels": 0}
+
+
+@dataclass
+class Subject:
+    """Everything about the model that does not depend on a plan."""
+
+    model: Model
+    conditions: Conditions
+    call: dict[str, Any]
+    sampler: "Sampler"
+    context: Context
+
+    @classmethod
+    def load(cls, ref: str, context: Context, scheduler: str | None = None, *, painting: bool = True) -> "Subject":
+        """Load and check; raises UserError before any image is made.
+
+        painting: images will be made, so that a pipeline that needs prompts must have some.
+        """
+        from ..core.driving import Memo
+        from ..core.sampling import Sampler
+
+        recipe, options = context.recipe, context.options
+        model = models.load(
+            context.path(ref),
+            device=options.device,
+            dtype=options.dtype,
+            offload=options.offload,
+            trust_remote_code=options.trust_remote_code,
+        )
+        if recipe.model_hash and recipe.model_hash != model.fingerprint:
+            raise UserError(
+                f"{ref}: its weights have the hash {model.fingerprint[:16]}…, the recipe is for {recipe.model_hash[:16]}…. "
+                "Use the revision that the recipe names, or remove model_hash from it."
+            )
+        if scheduler is not None:
+            swap_scheduler(model.pipe, scheduler)
+        conditions = conditions_of(model, recipe.prompts and context.file(recipe.prompts), painting)
+        call = {**call_defaults(model), **recipe.call}
+        accepted = inspect.signature(type(model.pipe).__call__).parameters
+        for key in call:
+            if key not in accepted:
+                raise UserError(f"call.{key}: {type(model.pipe).__name__} takes no such argument.{suggest(key, accepted)}")
+        memo = Memo(options.memo_mib * 2**20)
+        sampler = Sampler(model.pipe, conditions, chunk=options.chunk, call=call, memo=memo, fingerprint=model.fingerprint)
+        return cls(model, conditions, call, sampler, context)
+
+    @cached_property
+    def features(self) -> "Features":
+        """The extractor behind metrics; commands that score nothing need none."""
+        given = self.context.recipe.evaluate.features
+        return features_for(given and self.context.path(given), self.model)
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """What the pipeline says of its arguments (a text where a number belongs, an unknown class), as one sentence."""
+        try:
+            yield
+        except (TypeError, ValueError, LookupError) as e:
+            raise UserError(
+                f"{self.model.ref}: {type(self.model.pipe).__name__} refuses what it is given ({type(e).__name__}: {one_line(e)}). "
+                f"Check --prompts and --call, or the recipe's prompts and call."
+            ) from e
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse more steps than the scheduler has timesteps."""
+        scheduler = self.model.pipe.scheduler
+        most = scheduler.config.get("num_train_timesteps")
+        if most is not None and steps > most:
+            raise UserError(
+                f"--steps {steps}: {type(scheduler).__name__} was trained with {most} timesteps; give at most that many."
+            )
+
+    @property
+    def reference(self) -> str:
+        """The name of what images are compared with."""
+        given = self.context.recipe.evaluate.reference
+        return default_reference(given and self.context.path(given), self.model)
+
+    @property
+    def shared_reference(self) -> bool:
+        """Whether search and report have to use the same reference images (given statistics cannot be split)."""
+        return self.reference.endswith(".safetensors") or (self.reference.startswith("zoo:") and "/" in self.reference)
+
+    def evaluator(self, role: Literal["search", "report"], cache: Path) -> Evaluator:
+        """An evaluator whose reference images belong to `role` (search or report)."""
+        metrics = self.context.recipe.evaluate.metrics
+        return Evaluator(
+            self.model, self.sampler, self.conditions, self.features, self.references(role, cache), metrics, self.call
+        )
+
+    def references(self, role: Literal["search", "report"], cache: Path) -> "Reference":
+        """Reference statistics for a role; those of the model's own outputs are made once and kept in `cache`."""
+        from ..evaluate import _reference, _statistics
+
+        if self.reference != "teacher":
+            found = _reference.load(self.reference, self.features, role, cache)
+            if skipped := found.statistics.provenance.skipped:
+                self.context.progress.warn(
+                    f"{self.reference}: {len(skipped)} files cannot be read as images, e.g. {skipped[0]}"
+                )
+            return found
+        evaluate, seed = self.context.recipe.evaluate, self.context.recipe.seed
+        seeds = Seeds(role="calibrate", base=seed, count=evaluate.samples, start=0 if role == "search" else evaluate.samples)
+        path = cache / f"teacher-{role}.safetensors"
+        source = (
+            f"teacher: {self.model.ref}, {evaluate.teacher_steps} steps, seeds calibrate/{seed}/{seeds.start}+{seeds.count}, "
+            f"weights {self.model.fingerprint[:16]}, conditions {self.conditions.hash[:16]}"
+        )
+        if len(self.conditions) > evaluate.samples:
+            self.context.progress.warn(
+                f"{len(self.conditions)} conditions but {evaluate.samples} images: candidates and the model's own images show "
+                "different ones. Give as many samples as conditions, or fewer conditions."
+            )
+        kept = _statistics.Statistics.load(path) if path.is_file() else None
+        if kept is None or kept.provenance.source != source:
+            self.context.progress.say(
+                f"making {seeds.count} images with {evaluate.teacher_steps} steps as the {role} reference"
+            )
+            batches = (b.pixels for b in self.sampler.images(None, seeds, steps=evaluate.teacher_steps) if b.pixels is not None)
+            _statistics.of(self.features, batches, source=source).save(path)
+        return _reference.Reference.of(_statistics.Statistics.load(path), role)
+
+
+def swap_scheduler(pipe: Any, name: str) -> None:
+    """Give the pipeline another diffusers scheduler, configured from its own."""
+    import diffusers
+
+    kind = getattr(diffusers, name, None)
+    if kind is None or not name.endswith("Scheduler"):
+        known = [n for n in dir(diffusers) if n.endswith("Scheduler")]
+        raise UserError(f"scheduler {name}: diffusers has no such class.{suggest(name, known)}")
+    try:
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    except (ImportError, TypeError, ValueError) as e:  # one that needs a package, or other settings than these
+        raise UserError(f"scheduler {name}: cannot be used with this model ({one_line(e)}). Choose another one.") from e
+
+
+def conditions_of(model: Model, prompts: str | None, painting: bool = True) -> Conditions:
+    """The given prompts, else the model's own; UserError where they do not fit the pipeline, or it needs some and has none.
+
+    Where nothing is painted, a stand-in will do: what a pipeline is made of does not depend on its prompts.
+    """
+    name, accepted = type(model.pipe).__name__, inspect.signature(type(model.pipe).__call__).parameters
+    needed = next((k for k in ("prompt", "class_labels", "image") if k in accepted), None)
+    found = read_conditions(Path(prompts)) if prompts is not None else model.conditions
+    if found is None:
+        if needed is None:
+            return UNCONDITIONAL
+        if not painting and needed in STAND_IN:
+            return Conditions([{needed: STAND_IN[needed]}], "stand-in")
+        raise UserError(
+            f"{model.ref}: {name} needs a {needed} for every image. Give --prompts FILE: "
+            "a .txt with one prompt a line, or a .jsonl of call arguments."
+        )
+    given = [key for key in found.row(0) if key not in NOTES]
+    if wrong := next((key for key in given if key not in accepted), None):
+        raise UserError(
+            f"{found.source}: {name} takes no {wrong!r}; it is told what to paint by {needed or 'nothing'}. "
+            f'Write a .jsonl file with one {{"{needed}": …}} a line.{suggest(wrong, accepted)}'
+            if needed
+            else f"{found.source}: {name} takes no {wrong!r}, it paints without being told what. Leave the prompts out."
+        )
+    if needed is not None and needed not in given and not any(key.endswith("_embeds") for key in given):
+        raise UserError(f"{found.source}: {name} needs a {needed} for every image, the rows hold {', '.join(found.row(0))}.")
+    return found
+
+
+def call_defaults(model: Model) -> dict[str, Any]:
+    """Call arguments that the model's folder asks for (call.json), e.g. guidance_scale 1 for the zoo."""
+    path = model.folder / "call.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as e:
+        raise UserError(f"{path}: not a JSON object of call arguments ({one_line(e)}). Mend or remove it.") from e

@@ -1,0 +1,69 @@
+"""What all stages of a run share: the recipe, where relative paths start, the machine's options, and who watches."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from ..core.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run on this machine; none of these changes what a recipe means."""
+
+    device: str = "auto"
+    dtype: str = "float32"
+    offload: str = "none"
+    trust_remote_code: bool = False
+    chunk: int = 64  # images per pipeline call
+    memo_mib: int = 512  # memory for shared prefixes
+    storage: str | None = None  # Optuna storage URL instead of the journal file
+    max_time: float | None = None  # seconds after which no further candidate is started
+
+
+class Progress(Protocol):
+    """Where a run tells how far it is. The command line draws bars, tests and libraries may ignore it."""
+
+    def phase(self, name: str, total: int) -> None:
+        """A new phase of `total` evaluations begins."""
+
+    def advance(self, note: str = "", *, fresh: bool = True) -> None:
+        """One evaluation is there; fresh is False when the store had it."""
+
+    def say(self, text: str) -> None:
+        """A line worth reading."""
+
+    def warn(self, text: str) -> None:
+        """A line that must not be missed."""
+
+
+class Silent:
+    """A Progress that nobody watches."""
+
+    def phase(self, name: str, total: int) -> None: ...
+    def advance(self, note: str = "", *, fresh: bool = True) -> None: ...
+    def say(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    recipe: Recipe
+    base: Path  # folder that the recipe's relative paths start from
+    options: Options = Options()
+    progress: Progress = field(default_factory=Silent)
+    run_id: str = ""  # names the run's studies in a shared database
+
+    def path(self, text: str) -> str:
+        """A path of the recipe, absolute where there is a file or folder; zoo:NAME, teacher and hub ids stay as they are."""
+        scheme, colon, rest = text.partition(":")
+        if text == "teacher" or scheme in ("zoo", "config"):
+            return text
+        if scheme == "local-dir" and colon:
+            return f"local-dir:{self.path(rest)}"
+        there = self.base / Path(text).expanduser()
+        return str(there) if there.exists() else text
+
+    def file(self, text: str) -> str:
+        """A file of the recipe: always seen from the recipe's folder, so that a missing one is missed."""
+        return str(self.base / Path(text).expanduser())

@@ -1,0 +1,156 @@
+"""Run a recipe: its stages in order, each in its own folder, finished ones not again."""
+
+import contextlib
+import json
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..core import artifact
+from ..core.artifact import Artifact
+from ..core.errors import UserError, one_line
+from ..core.files import prepare, write_text
+from ..core.recipe import Recipe, read
+from ..core.store import without_password
+from . import search
+from .context import Context, Options, Progress
+
+# One contract for every verb: run_stage(stage, artifact_in, folder, context) -> artifact_out.
+ENVIRONMENT = "environment.json"
+REMEMBERED = ("device", "dtype", "offload", "chunk", "storage")  # options that `lissom run RUN_DIR` takes from the first run
+STAGES: dict[str, Callable[[Any, Artifact, Path, Context], Artifact]] = {"search": search.run_stage}
+
+
+def run(recipe: Recipe, text: str, out: Path, context: Context, *, resume: bool, single: bool = False) -> Artifact:
+    """Run every stage of a recipe in `out`; returns what the last one made.
+
+    text: the recipe's exact text, kept as recipe.yaml. single: the one stage's files go into `out` itself instead of
+    NN-verb-method/. Raises UserError when `out` holds another recipe's run.
+    """
+    storage = context.options.storage and without_password(context.options.storage)
+    new = not out.exists()
+    prepare(out, resume)
+    empty = not any(out.iterdir())
+    try:
+        with _locked(out):
+            _keep_recipe(out / "recipe.yaml", text)
+            # Written once: a later call with other options is refused by the store, and must not change what the run is.
+            known = _record(out) if (out / ENVIRONMENT).is_file() else None
+            record = known or {
+                "lissom": __version__,
+                "id": uuid.uuid4().hex[:12],
+                "base": str(context.base.resolve()),
+                "layout": "single" if single else "chain",
+                **{name: getattr(context.options, name) for name in REMEMBERED},
+                "storage": storage,
+            }
+            write_text(out / ENVIRONMENT, json.dumps(record, indent=2) + "\n")
+            return _stages(recipe, out, replace(context, run_id=record["id"]), single)
+    except UserError:
+        if empty and not context.options.storage:  # trials elsewhere belong to what is written here
+            _clear(out, new)
+        raise
+
+
+def _stages(recipe: Recipe, out: Path, context: Context, single: bool) -> Artifact:
+    current = Artifact(ref=recipe.model)
+    for number, stage in enumerate(recipe.stages, 1):
+        verb = next(v for v in STAGES if hasattr(stage, v))
+        folder = out if single else out / f"{number:02}-{verb}-{stage.method.rpartition('.')[2]}"
+        done = artifact.manifest(folder)
+        if done is not None and done.stage == search.stage_hash(stage, current, context):
+            context.progress.say(f"{folder.name}: finished already")
+            current = Artifact(ref=str(folder), plan=artifact.read_plan(folder))
+            continue
+        folder.mkdir(exist_ok=True)
+        current = STAGES[verb](stage, current, folder, context)
+    return current
+
+
+def _keep_recipe(kept: Path, text: str) -> None:
+    if kept.is_file():
+        before = kept.read_text(encoding="utf-8").splitlines()
+        if before != text.splitlines():
+            new = next((line.strip() for line in text.splitlines() if line not in before), "fewer lines")
+            raise UserError(
+                f"{kept}: this folder holds the run of another recipe (this one has: {new}). Choose another --out folder, "
+                "or give the settings that it was started with."
+            )
+    write_text(kept, text)
+
+
+def _clear(out: Path, new: bool) -> None:
+    """Take back what a run wrote that was refused before anything was scored."""
+    if any(out.rglob("trials.journal")):
+        return
+    for name in ("recipe.yaml", ENVIRONMENT, ".lock"):
+        (out / name).unlink(missing_ok=True)
+    for folder in [*out.glob("[0-9][0-9]-*"), *([out] if new else [])]:
+        with contextlib.suppress(OSError):  # not empty: references that took time to make stay
+            folder.rmdir()
+
+
+def reopen(folder: Path, options: Options, progress: Progress) -> tuple[Recipe, str, Context, bool]:
+    """What `run` needs to go on with an earlier run's folder: recipe, text, context, and whether it has the single layout."""
+    recipe, text = read(folder / "recipe.yaml")
+    record = _record(folder)
+    usual = Options()
+    kept = {n: record.get(n) or getattr(usual, n) for n in REMEMBERED if getattr(options, n) == getattr(usual, n)}
+    kept["storage"] = _storage(record, options.storage)
+    context = Context(recipe, Path(record["base"]), replace(options, **kept), progress)
+    return recipe, text, context, record["layout"] == "single"
+
+
+def rebuild(folder: Path, storage: str | None = None) -> list[Path]:
+    """Write every report of a run again from its stored trials; returns the HTML files."""
+    from . import _report
+
+    recipe, _ = read(folder / "recipe.yaml")
+    record = _record(folder)
+    stages = [folder] if record["layout"] == "single" else sorted(p for p in folder.glob("[0-9][0-9]-search-*") if p.is_dir())
+    written = []
+    for place in stages:
+        stores = search.read_stores(place, _storage(record, storage), record["id"])
+        _report.write(place, stores)
+        written.append(place / "report.html")
+    if not written:
+        raise UserError(f"{folder}: no stage of the recipe {recipe.name!r} has started yet. Go on with `lissom run {folder}`.")
+    return written
+
+
+def recipe_base(path: Path) -> Path:
+    """Where a recipe's relative paths start from: its own folder, or, for the copy that a run keeps, where that run's did."""
+    kept = path.name == "recipe.yaml" and (path.parent / ENVIRONMENT).is_file()
+    return Path(_record(path.parent)["base"]) if kept else path.resolve().parent
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """environment.json: how a run was started."""
+    path = folder / ENVIRONMENT
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {**record, "base": record["base"], "layout": record["layout"], "id": record["id"]}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: cannot be read ({type(e).__name__}: {one_line(e)}); is this a run's folder?") from e
+
+
+def _storage(record: dict[str, Any], given: str | None) -> str | None:
+    """The storage of an earlier run, unless another URL is given: passwords are not kept."""
+    kept = record.get("storage")
+    if given is None and kept and "***" in kept:
+        raise UserError(f"{kept}: its password is not kept in the run's folder. Give --storage URL again.")
+    return given or kept
+
+
+def _locked(folder: Path) -> Any:
+    """One process per run folder; the operating system frees the lock when its holder dies."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock")
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder}: another lissom process is working in it. Wait for it, or choose another --out.") from None
