@@ -4,7 +4,6 @@ Optuna is the record and the queue (enqueue -> claim -> evaluate -> tell), never
 the methods in search/. `optuna-dashboard trials.journal` shows every search, whichever engine proposed it.
 """
 
-import json
 import logging
 import os
 import socket
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import journal
 from .candidate import Request, canonical
 from .errors import UserError, one_line
 from .files import disk_errors
@@ -22,7 +22,6 @@ from .measurement import Measurement, Trial
 if TYPE_CHECKING:
     import optuna
 
-LOCK_SECONDS = 10  # a lock on the journal that is this old was left by a killed process: a write takes milliseconds
 VISIBLE = 50  # parameters shown in the dashboard at most; the full genome sits in the request
 
 
@@ -256,45 +255,9 @@ def _refusing(place: str) -> Iterator[None]:
 
 
 def _storage(storage: str | Path, *, mend: bool = True) -> Any:
-    from optuna.storages import JournalStorage, RDBStorage
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalFileSymlinkLock
+    from optuna.storages import RDBStorage
 
-    if isinstance(storage, str):
-        return RDBStorage(storage)
-    path = storage.absolute()  # the lock is a link to this text: a relative one would be read from the link's own folder
-    kind = JournalFileOpenLock if os.name == "nt" else JournalFileSymlinkLock  # Windows lets few users make links
-    lock = kind(str(path), grace_period=LOCK_SECONDS)
-    if mend and path.exists():
-        _cut_torn_line(path, lock)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
-
-
-def _cut_torn_line(path: Path, lock: Any) -> None:
-    """Drop a last line without newline (a process died in the middle of writing it), under Optuna's own lock.
-
-    Optuna would append the next record to it and lose both. ValueError for a last line that is whole but no record, which
-    Optuna would pass over.
-    """
-    lock.acquire()
-    try:
-        with path.open("r+b") as f:
-            end = f.seek(0, os.SEEK_END)
-            keep = end
-            while keep > 0:
-                f.seek(max(0, keep - 4096))
-                block = f.read(keep - f.tell())
-                if (at := block.rfind(b"\n")) >= 0:
-                    keep = keep - len(block) + at + 1
-                    break
-                keep -= len(block)
-            if keep < end:
-                f.truncate(keep)
-            f.seek(max(0, keep - 2**20))
-            _, newline, last = f.read().rstrip(b"\n").rpartition(b"\n")
-            if last and (newline or keep <= 2**20):
-                json.loads(last)
-    finally:
-        lock.release()
+    return RDBStorage(storage) if isinstance(storage, str) else journal.open_file(storage.absolute(), mend=mend)
 
 
 def identity_of(**parts: Any) -> dict[str, str]:

@@ -292,7 +292,8 @@ def _settle(
             store.tell(claim, error=error, seconds=time.monotonic() - began)
         else:
             store.tell(claim, score.measurements, calls=score.calls, plain_calls=score.plain_calls, seconds=score.seconds)
-        progress.advance(_note(store, counts))
+        if claim.key in keys:  # the rest was proposed before an interruption, and belongs to a later phase
+            progress.advance(_note(store, counts))
     return [store.trials[key] for key in keys if key in store.trials]
 
 

@@ -29,8 +29,8 @@ JUDGE_SHIFT = 2  # pixels: random shifts, the one augmentation that leaves left 
 # VAE: squared error with a weak KL term, as the latent diffusion paper (2112.10752, Sec. 3.1) without its critic.
 VAE_STEPS, VAE_BATCH, VAE_LR, VAE_KL = 2600, 48, 1.5e-3, 2e-4  # KL weight per latent number, against error per pixel
 # Denoisers: epsilon prediction, min-SNR weights with gamma 5 (Hang et al., 2303.09556).
-UNET_STEPS, UNET_BATCH, UNET_LR = 7600, 64, 1.2e-3  # the shipped weights are the average after 6,937 of them
-DIT_STEPS, DIT_BATCH, DIT_LR = 6400, 64, 7e-4
+UNET_STEPS, UNET_BATCH, UNET_LR = 6800, 64, 1.2e-3  # the shipped weights are the average after 6,937 of them
+DIT_STEPS, DIT_BATCH, DIT_LR = 5000, 64, 7e-4
 MIN_SNR_GAMMA = 5.0
 DROP = 0.1  # share of captions (labels) replaced by "" (class 1000), so that classifier-free guidance works
 
@@ -144,7 +144,7 @@ def train_unet(work: Path, data: Path, warm: bool) -> None:
         text = model.text_encoder(unique).last_hidden_state[back]
         return latents.loss(model.unet(z, t, text).sample, noise, t)
 
-    both: Any = train("unet", untrained, loss_of, work, steps=UNET_STEPS, lr=UNET_LR)
+    both: Any = train("unet", untrained, loss_of, work, steps=UNET_STEPS, lr=UNET_LR, seed=int(warm))
     both.unet.half().save_pretrained(HERE / "fashion" / "unet")
     both.text_encoder.half().save_pretrained(HERE / "fashion" / "text_encoder")
 
@@ -164,7 +164,7 @@ def train_dit(work: Path, data: Path, warm: bool) -> None:
         block.norm1.emb.class_embedder.dropout_prob = 0.0
     if warm:
         dit.load_state_dict(load_file(HERE / "fashion-dit" / "transformer" / WEIGHTS))
-    dit = train("dit", dit, loss_of, work, steps=DIT_STEPS, lr=DIT_LR)
+    dit = train("dit", dit, loss_of, work, steps=DIT_STEPS, lr=DIT_LR, seed=int(warm))
     dit.half().save_pretrained(HERE / "fashion-dit" / "transformer")
 
 

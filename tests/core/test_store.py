@@ -125,7 +125,7 @@ def test_a_torn_last_line_is_cut_and_nothing_before_it(journal: Path, torn: byte
 
 @pytest.mark.filterwarnings("ignore:The value of `grace_period`")
 def test_a_lock_left_by_a_killed_writer_frees_itself(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lissom.core.store.LOCK_SECONDS", 1)
+    monkeypatch.setattr("lissom.core.journal.LOCK_SECONDS", 1)
     monkeypatch.chdir(journal.parent)
     key = scored(reopen(Path(journal.name)), request(900), 5.0)  # a relative path, as users give it
     os.symlink(journal, f"{journal}.lock")
