@@ -55,16 +55,14 @@ def evaluate(
     settings = {"reference": reference, "features": features, "metrics": o.words(metrics), "samples": samples}
     recipe = work.lone(model, seed=seed, prompts=str(prompts) if prompts else None, call=o.pairs(call), evaluate=settings)
     followed = read_plan(plan) if plan else None
-    if dry_run:
-        how, scored = work.described(followed, steps), recipe.evaluate.metrics
-        if json_:
-            print(json.dumps({"model": model, "images": samples, "with": how, "metrics": scored}))
-        else:
-            print(f"would make {samples} images of {model} with {how} and score {', '.join(scored)}")
-        return
+    machine = o.options(device, dtype, offload, trust_remote_code, chunk)
     with watch(quiet) as progress, tempfile.TemporaryDirectory() as scratch:
-        machine = o.options(device, dtype, offload, trust_remote_code, chunk)
-        result = work.evaluate(model, followed, steps, Context(recipe, Path.cwd(), machine, progress), Path(scratch))
+        context = Context(recipe, Path.cwd(), machine, progress)
+        if dry_run:
+            cost = work.estimate(model, followed, steps, samples, context, scored=True)
+            print(json.dumps(cost | {"metrics": recipe.evaluate.metrics}) if json_ else work.say(cost))
+            return
+        result = work.evaluate(model, followed, steps, context, Path(scratch))
     if out is not None:
         work.write(result, out)
     print(json.dumps(result, indent=2) if json_ else work.table(result))

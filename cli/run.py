@@ -1,5 +1,6 @@
 """`lissom run RECIPE|RUN_DIR`: a chain of stages from a recipe, or on with an earlier run."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,8 @@ def run(
     ],
     out: o.Out = None,
     resume: o.Resume = False,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the recipe's seed.")] = None,
+    prompts: o.Prompts = None,
     set_: o.Set = None,
     dry_run: o.DryRun = False,
     json_: o.Json = False,
@@ -43,18 +46,24 @@ def run(
     from ._run import execute
 
     machine = o.options(device, dtype, offload, trust_remote_code, chunk, storage, max_time, memo)
-    single = False
+    single, changes = False, list(set_ or ())
+    if seed is not None:
+        changes.append(f"seed={seed}")
+    if prompts is not None:  # seen from here, not from the recipe's folder as a path in it would be
+        changes.append(f"prompts={json.dumps(str(prompts.absolute()))}")
     if (path := Path(what)).is_dir():
-        if out is not None or set_:
-            raise UserError(f"{what}: a run goes on as it was started; --out and --set belong to a new run of its recipe.yaml.")
+        if out is not None or changes:
+            raise UserError(
+                f"{what}: a run goes on as it was started; --out, --set, --seed and --prompts belong to a new run of its recipe.yaml."
+            )
         from ..workflow.context import Silent
 
         _, text, context, single = reopen(path, machine, Silent())
         folder, base, resume, machine = path, context.base, True, context.options
     else:
         path = path if path.is_file() else shipped(what)
-        recipe, text = read(path, set_ or ())
-        text = effective(text, set_ or ())
+        recipe, text = read(path, changes)
+        text = effective(text, changes)
         folder, base = out or o.free_folder(recipe.name), recipe_base(path)
     o.remember(ctx, verbose, None if dry_run else o.go_on(folder, trust_remote_code))
     execute(text, str(path), base, folder, machine, resume=resume, dry_run=dry_run, as_json=json_, quiet=quiet, single=single)

@@ -28,6 +28,7 @@ def sample(
     offload: o.Offload = "none",
     chunk: o.Chunk = 64,
     trust_remote_code: o.TrustRemoteCode = False,
+    quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
     """Write a sheet of samples as PNG.
@@ -39,7 +40,8 @@ def sample(
     from ..core.artifact import read_plan
     from ..core.files import check_target
     from ..workflow import evaluate as work
-    from ..workflow.context import Context, Silent
+    from ..workflow.context import Context
+    from ._progress import watch
 
     o.remember(ctx, verbose)
     check_target(out)
@@ -49,16 +51,16 @@ def sample(
         raise typer.BadParameter("give --prompt or --prompts, not both.", param_hint="--prompt")
     followed = read_plan(plan) if plan else None
     count = images or (len(prompt) if prompt else 32)
-    if dry_run:
-        how = work.described(followed, steps)
-        said = json.dumps({"model": model, "images": count, "with": how, "file": str(out)})
-        print(said if json_ else f"would paint {count} images of {model} with {how} into {out}")
-        return
-    with tempfile.TemporaryDirectory() as scratch:
+    with watch(quiet) as progress, tempfile.TemporaryDirectory() as scratch:
         if prompt:
             prompts = Path(scratch) / "prompts.txt"
             prompts.write_text("\n".join(" ".join(p.split()) for p in prompt), encoding="utf-8")
         recipe = work.lone(model, seed=seed, prompts=str(prompts) if prompts else None, call=o.pairs(call))
         machine = o.options(device, dtype, offload, trust_remote_code, chunk)
-        path = work.sample(model, followed, steps, count, Context(recipe, Path.cwd(), machine, Silent()), out)
+        context = Context(recipe, Path.cwd(), machine, progress)
+        if dry_run:
+            cost = work.estimate(model, followed, steps, count, context, scored=False)
+            print(json.dumps(cost | {"file": str(out)}) if json_ else work.say(cost))
+            return
+        path = work.sample(model, followed, steps, count, context, out)
     print(json.dumps({"images": count, "file": str(path)}) if json_ else f"{count} images: {path}")

@@ -38,10 +38,11 @@ class Measurement(Data):
 
     @property
     def label(self) -> str:
-        """The name to print: FID is kept for Inception features, every other Frechet distance names its features."""
-        if self.metric != "fid":
-            return self.metric
-        return "FID" if self.features == "inception" else f"FD[{self.features}]"
+        """The name to print, with the features behind it: no two models' values compare. FID alone is Inception's."""
+        if self.metric == "fid" and self.features == "inception":
+            return "FID"
+        name = "FD" if self.metric == "fid" else self.metric
+        return f"{name}[{self.features}]" if self.features else name
 
     @property
     def standard_error(self) -> float | None:

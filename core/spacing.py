@@ -1,12 +1,14 @@
 """The fixed schedules that a searched one must beat, as plans, and what a plan for a scheduler may contain."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from .candidate import SamplingPlan, Scheduler, Step
+
+OWN_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ def fixed(scheduler: Any, steps: int) -> dict[str, SamplingPlan]:
     """The usual schedules of `steps` timesteps, by name. Raises ValueError unless 1 <= steps <= N.
 
     Variance-preserving: leading, trailing and linspace by the scheduler's own formula, `steps_offset` included
-    (Lin et al., 2305.08891, Table 2), and quadratic, (linspace(0, sqrt(0.8 N), K))^2 (Song et al., 2010.02502, App. D.2).
+    (Lin et al., 2305.08891, Table 2), and quadratic, (linspace(0, sqrt(0.8 N), K))^2 (Song et al., 2010.02502, App. D.2);
+    stock too where the scheduler is set to noise levels of its own (Karras et al., 2206.00364, and the like).
     Flow matching, t = N sigma: stock (what the scheduler itself would do, with its shift), linear (sigma from 1 to 1/K)
     and quadratic (the square of linear).
     Where a formula repeats a timestep or leaves the range, the timesteps are moved to the nearest free ones.
@@ -47,7 +50,10 @@ def fixed(scheduler: Any, steps: int) -> dict[str, SamplingPlan]:
     if _is_flow(scheduler):
         plans = {name: _plan(described, limits, t) for name, t in _flow_shapes(limits.n, steps).items()}
         return {"stock": _stock_flow(scheduler, described, limits, steps)} | plans
-    return {name: _plan(described, limits, t) for name, t in _preserving_shapes(scheduler, limits.n, steps).items()}
+    plans = {name: _plan(described, limits, t) for name, t in _preserving_shapes(scheduler, limits.n, steps).items()}
+    if any(scheduler.config.get(key) for key in OWN_LEVELS):
+        return {"stock": _stock_levels(described, limits, steps)} | plans
+    return plans
 
 
 def _is_flow(scheduler: Any) -> bool:
@@ -71,6 +77,19 @@ def _preserving_shapes(scheduler: Any, n: int, steps: int) -> dict[str, np.ndarr
 def _flow_shapes(n: int, steps: int) -> dict[str, np.ndarray]:
     linear = np.linspace(1, 1 / steps, steps)
     return {"linear": n * linear, "quadratic": n * linear**2}
+
+
+def _stock_levels(described: Scheduler, limits: Times, steps: int) -> SamplingPlan:
+    """The noise levels that a scheduler is set to (Karras, exponential, beta), and the timesteps it shows for them."""
+    from .driving.schedulers import WHOLE, build
+
+    stock = build(described)
+    stock.set_timesteps(steps)
+    levels = stock.sigmas.double().tolist()[:steps]
+    placed = _placed(stock.timesteps.double().numpy(), replace(limits, integer=described.name in WHOLE))
+    return SamplingPlan(
+        scheduler=described, steps=tuple(Step(timestep=t, sigma=level) for t, level in zip(placed, levels, strict=True))
+    )
 
 
 def _stock_flow(scheduler: Any, described: Scheduler, limits: Times, steps: int) -> SamplingPlan:
@@ -115,7 +134,7 @@ def _placed(wanted: Sequence[float] | np.ndarray, limits: Times) -> list[float]:
     values = np.sort(np.asarray(wanted, dtype=np.float64))[::-1]
     if not limits.integer:
         single = values.astype(np.float32)  # as schedulers hold them
-        if 0 < single[-1] and single[0] <= limits.highest and np.all(np.diff(single) < 0):
+        if (single[-1] > 0 or limits.lowest == 0) and single[0] <= limits.highest and np.all(np.diff(single) < 0):
             return [float(t) for t in values]
     placed: list[float] = []
     for i, t in enumerate(np.round(values)):

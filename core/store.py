@@ -163,6 +163,10 @@ class TrialStore:
         self._keep(claim.key, trial)
         return trial
 
+    def retry(self) -> None:
+        """Let failed requests be proposed again: what failed once (memory, a device) may pass; its record stays."""
+        self.trials = {key: trial for key, trial in self.trials.items() if trial.state == "complete"}
+
     def remember(self, **facts: Any) -> None:
         """Store JSON values with the study."""
         with self._writing():

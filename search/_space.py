@@ -44,11 +44,14 @@ class Space:
         return self.repair([Step(timestep=self.draw(rng))], rng)
 
     def repair(self, genes: Sequence[Step], rng: random.Random) -> Genome:
-        """Exactly K distinct valid timesteps, sorted; surplus genes leave at random, missing ones are drawn."""
+        """Exactly K distinct valid timesteps, sorted; surplus genes leave at random, missing ones are drawn.
+
+        A noise level of its own (a step of the stock schedule has one) stays behind: it belongs to its old neighbours.
+        """
         kept: dict[float, Step] = {}
         for gene in genes:
             t = self.snap(gene.timestep)
-            kept.setdefault(t, gene.model_copy(update={"timestep": t}))
+            kept.setdefault(t, gene.model_copy(update={"timestep": t, "sigma": None}))
         while len(kept) > self.steps:
             del kept[rng.choice(sorted(kept))]
         while len(kept) < self.steps:

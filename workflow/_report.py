@@ -101,8 +101,10 @@ def build(stores: Mapping[str, TrialStore], folder: Path) -> SearchReport:
     last = by_plan["report"].get(_digest(winner))
     if last is None:
         raise UserError(f"{folder}: the winner is not scored on the report's seeds yet. Go on with `lissom run {folder}`.")
-    if last.state == "failed":  # it is on record and would not be tried again
-        raise UserError(f"{folder}: the winner failed on the report's seeds: {last.error} Run anew in another --out folder.")
+    if last.state == "failed":
+        raise UserError(
+            f"{folder}: the winner failed on the report's seeds: {last.error} Try it again with `lissom run {folder}`."
+        )
 
     def scored(name: str, plan: SamplingPlan, trial: Trial) -> Scored:
         digest = trial.request.candidate.digest()

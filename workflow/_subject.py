@@ -99,6 +99,11 @@ class Subject:
             )
 
     @property
+    def default_steps(self) -> int:
+        """Steps of the pipeline's own call where none are asked for."""
+        return int(inspect.signature(type(self.model.pipe).__call__).parameters["num_inference_steps"].default)
+
+    @property
     def reference(self) -> str:
         """The name of what images are compared with."""
         given = self.context.recipe.evaluate.reference

@@ -1,5 +1,6 @@
 """What all stages of a run share: the recipe, where relative paths start, the machine's options, and who watches."""
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -53,6 +54,7 @@ class Context:
     options: Options = Options()
     progress: Progress = field(default_factory=Silent)
     run_id: str = ""  # names the run's studies in a shared database
+    began: float = field(default_factory=time.monotonic)  # --max-time counts from here, loading included, over all stages
 
     def path(self, text: str) -> str:
         """A path of the recipe, absolute where there is a file or folder; zoo:NAME, teacher and hub ids stay as they are."""

@@ -1,6 +1,8 @@
 """Score one model, with a plan or with its stock schedule; make a sheet of samples; say what can be skipped."""
 
 import json
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ def table(report: dict[str, Any]) -> str:
         m = Measurement.model_validate({k: v for k, v in raw.items() if k != "label"})
         interval = m.interval()
         spread = f"  [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else ""
-        lines.append(f"{m.label:16} {m.value:.4g}{spread}  {m.direction} is better, {m.n} images")
+        lines.append(f"{m.label:24} {m.value:.4g}{spread}  {m.direction} is better, {m.n} images")
     return "\n".join(lines)
 
 
@@ -59,6 +61,7 @@ def sample(ref: str, plan: SamplingPlan | None, steps: int | None, images: int, 
 
     subject, plan = _ready(ref, plan, steps, context)
     seeds = Seeds(role="report", base=context.recipe.seed, count=images)
+    context.progress.say(f"{images} images of {subject.model.ref}, {described(plan, steps)}")
     with subject.asking():
         made = [b.pixels.numpy() for b in subject.sampler.images(plan, seeds, steps=steps) if b.pixels is not None]
     with disk_errors(out):
@@ -95,6 +98,44 @@ def inspect(ref: str, context: Context) -> dict[str, Any]:
             for x in layers
         ],
     }
+
+
+def estimate(
+    ref: str, plan: SamplingPlan | None, steps: int | None, images: int, context: Context, *, scored: bool
+) -> dict[str, Any]:
+    """What making (and scoring) images would take: denoiser calls, and seconds by timing runs of one and of two steps here."""
+    subject, plan = _ready(ref, plan, steps, context)
+    size = min(images, context.options.chunk)
+    few = Seeds(role="calibrate", base=0, count=size)
+
+    def timed(count: int) -> tuple[int, float]:
+        calls, began = subject.sampler.calls, time.monotonic()
+        for batch in subject.sampler.images(None, few, steps=count):
+            if scored and batch.pixels is not None:
+                subject.features.extract(batch.pixels)
+        return subject.sampler.calls - calls, time.monotonic() - began
+
+    with subject.asking():
+        timed(1)  # warm up
+        (calls, seconds), (more_calls, more_seconds) = timed(1), timed(2)
+    wanted = [(math.ceil(images / size), len(plan.steps) if plan else steps or subject.default_steps)]
+    if scored and subject.reference == "teacher":
+        wanted.append((math.ceil(context.recipe.evaluate.samples / size), context.recipe.evaluate.teacher_steps))
+    return {
+        "model": subject.model.ref,
+        "images": images,
+        "with": described(plan, steps),
+        "denoiser_calls": sum(n * (calls + (more_calls - calls) * (count - 1)) for n, count in wanted),
+        "seconds": round(sum(n * (seconds + max(more_seconds - seconds, 0) * (count - 1)) for n, count in wanted), 1),
+    }
+
+
+def say(estimated: dict[str, Any]) -> str:
+    """The estimate for people."""
+    return (
+        f"{estimated['images']:,} images of {estimated['model']} with {estimated['with']}: nothing was run. "
+        f"{estimated['denoiser_calls']:,} denoiser calls, about {estimated['seconds'] / 60:.1f} minutes here"
+    )
 
 
 def _ready(ref: str, plan: SamplingPlan | None, steps: int | None, context: Context) -> tuple[Subject, SamplingPlan | None]:

@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ class Clock:
     """--max-time: after it, no further candidate is started."""
 
     seconds: float | None
-    began: float = field(default_factory=time.monotonic)
+    began: float = 0.0  # as time.monotonic() tells it
 
     def over(self) -> bool:
         return self.seconds is not None and time.monotonic() - self.began > self.seconds
@@ -68,8 +68,10 @@ def run_stage(stage: SearchStage, artifact_in: Artifact, folder: Path, context: 
     evaluator = subject.evaluator("search", folder)
     last = subject.evaluator("report", folder)  # made now, so that a reference unfit for the report is refused before any work
     stores = open_stores(stage, subject, {"search": evaluator.id, "rescore": evaluator.id, "report": last.id}, folder)
+    for name in ("rescore", "report"):
+        stores[name].retry()  # not the search's own: what its failures led to is proposed already
     stores["search"].remember(facts=_report.facts(stage, module, config, subject, plans, folder))
-    clock = Clock(context.options.max_time)
+    clock = Clock(context.options.max_time, context.began)
 
     def settle(name: str, requests: Iterable[tuple[Request, int | None]], judge: Evaluator, **extra: Any) -> list[Trial]:
         timed = clock if name == "search" else Clock(None)
@@ -125,6 +127,8 @@ def run_stage(stage: SearchStage, artifact_in: Artifact, folder: Path, context: 
     # Unseen seeds and unseen reference images, the same for all.
     progress.phase("report on unseen seeds", 1 + len(plans.fixed))
     unseen = Seeds(role="report", base=seed, count=context.recipe.evaluate.samples)
+    if stores["search"].study.user_attrs.get("winner", winner.canonical()) != winner.canonical():
+        (folder / "samples" / "searched.png").unlink(missing_ok=True)  # --max-time ended an earlier session with another one
     named = {"searched": winner, **plans.fixed}
     for name, plan in named.items():
         sheet = folder / "samples" / f"{name}.png"
@@ -281,7 +285,8 @@ def _settle(
         if key in store.trials:
             progress.advance(_note(store, counts), fresh=False)
     while not clock.over() and (claim := store.claim()):
-        began = time.monotonic()
+        began, sampler = time.monotonic(), evaluator.sampler
+        executed, served = sampler.calls, sampler.served
         try:
             score = evaluator.score(claim.request.candidate.plan, claim.request.seeds, **extra)
         except AcceleratorError:
@@ -289,7 +294,8 @@ def _settle(
         except (SamplingError, CannotFollow, RuntimeError, ValueError, LookupError, ArithmeticError) as e:
             error = f"{type(e).__name__}: {one_line(e)}"
             progress.warn(f"candidate {claim.trial.number} failed and is recorded as such: {error}")
-            store.tell(claim, error=error, seconds=time.monotonic() - began)
+            calls, spared = sampler.calls - executed, sampler.served - served
+            store.tell(claim, error=error, calls=calls, plain_calls=calls + spared, seconds=time.monotonic() - began)
         else:
             store.tell(claim, score.measurements, calls=score.calls, plain_calls=score.plain_calls, seconds=score.seconds)
         if claim.key in keys:  # the rest was proposed before an interruption, and belongs to a later phase

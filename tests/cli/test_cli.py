@@ -30,7 +30,13 @@ def test_the_common_flags_are_where_they_are_promised() -> None:
     common = ["--device", "--dtype", "--offload", "--trust-remote-code", "--json", "--verbose"]
     images = [*common, "--seed", "--prompts", "--out", "--dry-run"]
     runs = ["--resume", "--set", "--max-time", "--storage", "--quiet", "--out", "--dry-run"]
-    expected = {"inspect": common, "sample": images, "evaluate": images, "search": [*images, *runs], "run": [*common, *runs]}
+    expected = {
+        "inspect": common,
+        "sample": [*images, "--quiet"],
+        "evaluate": [*images, "--quiet"],
+        "search": [*images, *runs],
+        "run": [*images, *runs],
+    }
     for command, flags in expected.items():
         text = lissom(command, "--help").stdout
         assert [f for f in flags if f not in text] == [], command
@@ -113,7 +119,8 @@ def test_a_run_goes_on_with_the_options_it_was_started_with(here: Path, pretende
     assert ended.exit_code == 0, ended.stderr
     assert not (here / "run" / "trials.journal").exists() and lissom("report", "run").exit_code == 0
     assert json.loads((here / "run" / "environment.json").read_text())["chunk"] == 4
-    assert "--set belong to a new run" in refused("run", "run", "--set", "seed=3")
+    for more in (("--set", "seed=3"), ("--seed", 3), ("--prompts", "p.txt")):
+        assert "--seed and --prompts belong to a new run" in refused("run", "run", *more)
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -132,7 +139,10 @@ def test_a_dry_run_says_the_cost_and_leaves_nothing(here: Path, as_json: bool) -
         (stage,) = json.loads(lissom(*commands[0], "--json").stdout)["stages"]
         # 4 fixed + 3 candidates, then 1 elite and the best fixed schedule, then the winner and 4 fixed: 4 images each
         assert stage["images"] == 4 * (7 + 2 + 5) and stage["denoiser_calls"] == 2 * (7 + 2 + 5)
-        assert found == {"model": "zoo:fashion", "images": 3, "with": "the pipeline's default schedule", "file": "samples.png"}
+        scored = json.loads(lissom(*commands[1], "--json").stdout)
+        assert scored["images"] == 1024 and scored["denoiser_calls"] == 1024 // 64 * 3 and scored["seconds"] > 0
+        assert found["with"] == "the pipeline's default schedule" and found["denoiser_calls"] == 50
+        assert (found["model"], found["images"], found["file"]) == ("zoo:fashion", 3, "samples.png")
 
 
 def test_evaluate_writes_what_it_prints_and_takes_a_plan(here: Path, finished: Path) -> None:

@@ -72,6 +72,8 @@ STOCK: dict[str, tuple[Callable[[], Any], int]] = {
         lambda: DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
         10,
     ),
+    "euler karras": (lambda: EulerDiscreteScheduler(**SD_BETAS, use_karras_sigmas=True), 10),
+    "dpm++ 2M karras": (lambda: DPMSolverMultistepScheduler(**SD_BETAS, use_karras_sigmas=True), 10),
     "flow, shift 3": (lambda: FlowMatchEulerDiscreteScheduler(shift=3.0), 10),
     "flow, all": (lambda: FlowMatchEulerDiscreteScheduler(), 1000),
 }
@@ -83,7 +85,8 @@ def test_stock_schedule_gives_stock_bits(case: str) -> None:
     stock = make()
     stock.set_timesteps(count)
     times = stock.timesteps.tolist()
-    sigmas = stock.sigmas.tolist() if "flow" in case else [None] * count  # shown flow times may be truncated
+    own = "flow" in case or "karras" in case  # levels that the timesteps alone do not give back
+    sigmas = stock.sigmas.tolist() if own else [None] * count
     steps = tuple(Step(timestep=t, sigma=s) for t, s in zip(times, sigmas, strict=False))
     assert torch.equal(integrate(following(make(), steps)), integrate(stock))
 

@@ -14,6 +14,7 @@ VP = {
     "ddpm": diffusers.DDPMScheduler(),
     "euler": diffusers.EulerDiscreteScheduler(**SD_BETAS, use_karras_sigmas=True),
     "dpm": diffusers.DPMSolverMultistepScheduler(**SD_BETAS),
+    "dpm karras": diffusers.DPMSolverMultistepScheduler(**SD_BETAS, use_karras_sigmas=True),
 }
 FLOW = {
     "flow": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -28,10 +29,10 @@ COUNTS = (1, 2, 3, 4, 7, 10, 49, 333, 501, 999, 1000)
 def test_every_count_gives_as_many_valid_steps(name: str) -> None:
     scheduler = (VP | FLOW)[name]
     for count in COUNTS:
-        for plan in fixed(scheduler, count).values():
+        for shape, plan in fixed(scheduler, count).items():
             assert len(plan.steps) == count
             check_times(plan)
-            if name in VP:
+            if name in VP and shape != "stock":
                 assert all(t == int(t) for t in plan.timesteps)
 
 
@@ -69,6 +70,18 @@ def test_stock_flow_is_the_schedulers_own() -> None:
         assert [s.timestep for s in steps] == stock.timesteps.tolist()
         levels = [s.timestep / 1000 if s.sigma is None else s.sigma for s in steps]
         assert levels == pytest.approx(stock.sigmas[:-1].tolist(), rel=1e-7)
+
+
+@pytest.mark.parametrize("name", ["euler", "dpm karras"])
+@pytest.mark.parametrize("count", [1, 4, 25])
+def test_stock_karras_levels_are_the_schedulers_own(name: str, count: int) -> None:
+    scheduler: Any = VP[name]
+    stock = type(scheduler).from_config(scheduler.config)
+    stock.set_timesteps(count)
+    steps = fixed(scheduler, count)["stock"].steps
+    assert [s.timestep for s in steps] == stock.timesteps.tolist()
+    assert [s.sigma for s in steps] == stock.sigmas[:-1].tolist()
+    assert "stock" not in fixed(VP["ddim"], count)
 
 
 def test_dynamic_shift_at_its_upper_end() -> None:

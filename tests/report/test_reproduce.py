@@ -29,6 +29,7 @@ from diffusers import (
 from lissom.core.candidate import SamplingPlan, Scheduler, Step
 from lissom.core.driving import follow
 from lissom.core.errors import UserError
+from lissom.core.spacing import fixed
 from lissom.report import reproduce
 from lissom.report.reproduce import ModelCall
 from lissom.zoo import _models
@@ -238,6 +239,14 @@ def test_noise_levels_of_the_plan(saved: Any, tmp_path: Path, monkeypatch: pytes
     pipe, folder = saved(stable_diffusion_3)
     steps = tuple(Step(timestep=t, sigma=s) for t, s in ((900, 0.95), (500, 0.6), (100, 0.2)))
     plan = SamplingPlan(scheduler=Scheduler.of(pipe.scheduler), steps=steps)
+    made = run_here(reproduce.emit(plan, call_of(pipe, folder, plan, PROMPTS)), tmp_path, monkeypatch)
+    assert largest_difference(made, followed(pipe, plan, PROMPTS)) < TOLERANCE
+
+
+@pytest.mark.parametrize("cls", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_stock_karras_levels(cls: Any, saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, folder = saved(stable_diffusion)
+    plan = fixed(cls(beta_schedule="scaled_linear", use_karras_sigmas=True), 3)["stock"]
     made = run_here(reproduce.emit(plan, call_of(pipe, folder, plan, PROMPTS)), tmp_path, monkeypatch)
     assert largest_difference(made, followed(pipe, plan, PROMPTS)) < TOLERANCE
 

@@ -117,6 +117,15 @@ def test_the_fixed_schedules_are_parents_and_cost_no_trial():
     assert sum(bool({s.timestep for s in r.candidate.plan.steps} & {900, 600, 300, 50}) for r in requests) >= 8
 
 
+@ALL
+def test_noise_levels_of_the_stock_schedule_do_not_travel_to_other_timesteps(name):
+    steps = tuple(Step(timestep=t, sigma=t / 100) for t in (990, 400, 100, 10))
+    request = task().request(steps, "fixed: stock")
+    known = (Trial(number=0, request=request, measurements=(Measurement(metric="fid", value=0.5, direction="lower", n=8),)),)
+    levels = {s.sigma for r in play(name, task(trials=40, known=known)) for s in r.candidate.plan.steps}
+    assert levels == {None}
+
+
 def test_union_crossover_keeps_what_both_parents_have_and_skips_travel_with_their_step():
     cross = methods.load("search", "autodiffusion").cross
     one = (Step(timestep=900, skip=("layer.0",)), Step(timestep=500), Step(timestep=10))

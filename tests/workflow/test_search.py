@@ -187,6 +187,30 @@ def test_where_all_fail_there_is_one_sentence(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match=says) as e:
         small.search(tmp_path / "run")
     assert "\n" not in str(e.value) and not (tmp_path / "run" / "plan.json").exists()
+    monkeypatch.setattr(Evaluator, "score", small.pretended)
+    if role == "search":  # the method has gone on from its failures already: they stand
+        with pytest.raises(UserError, match=says):
+            small.search(tmp_path / "run", resume=True)
+    else:  # the device is free again
+        small.search(tmp_path / "run", resume=True)
+        assert (tmp_path / "run" / "plan.json").is_file() and not small.report(tmp_path / "run")["warnings"]
+
+
+def test_what_a_failed_candidate_cost_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def score(self: Any, plan: Any, seeds: Seeds, **rest: Any) -> Any:
+        self.sampler.calls += 3
+        self.sampler.served += 2
+        if seeds.role == "search" and len(calls := self.__dict__.setdefault("seen", [])) < 6:
+            calls.append(plan)
+        elif seeds.role == "search":
+            raise SamplingError("broken.")
+        return small.pretended(self, plan, seeds, **rest)
+
+    monkeypatch.setattr(Evaluator, "score", score)
+    small.search(tmp_path / "run")
+    trials = small.studies(tmp_path / "run")["search"]
+    failed = [json.loads(t.user_attrs["result"]) for t in trials if t.state.name == "FAIL"]
+    assert failed and all((t["calls"], t["plain_calls"]) == (3, 5) for t in failed)
 
 
 def test_a_fixed_schedule_may_win_and_is_then_not_called_a_gain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
