@@ -15,7 +15,6 @@ import random
 from collections.abc import Generator, Iterable
 from typing import Any, ClassVar
 
-from deap import base, tools
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.candidate import Request, Step
@@ -39,20 +38,18 @@ class Config(BaseModel):
     skipped: float = Field(default=0.1, ge=0, le=1)  # share of a step's layers that a fresh skip set may hold; paper: 0.1
 
 
-class _Cost(base.Fitness):
-    weights = (-1.0,)
-
-
 class _Individual(list[Step]):
-    """A genome with DEAP's fitness."""
+    """A genome with the fitness that DEAP's archive ranks by: more is better."""
 
-    def __init__(self, genome: Genome, cost: float | None = None) -> None:
+    def __init__(self, genome: Genome, cost: float) -> None:
         super().__init__(genome)
-        self.fitness = _Cost() if cost is None else _Cost((cost,))
+        self.fitness = -cost
 
 
 def search(task: Task, config: Config, rng: random.Random) -> Generator[list[Request], list[Trial], None]:
     """Yield generations of requests, breed from the archive of the best."""
+    from deap import base, tools  # here, because `lissom search autodiffusion --help` reads this file too
+
     space, fresh, left = task.space, Fresh(), task.trials
     last_of_stage_one = round(config.stage_one * task.trials) if space.layers else task.trials
     archive = tools.HallOfFame(config.parents)
