@@ -29,8 +29,8 @@ JUDGE_SHIFT = 2  # pixels: random shifts, the one augmentation that leaves left 
 # VAE: squared error with a weak KL term, as the latent diffusion paper (2112.10752, Sec. 3.1) without its critic.
 VAE_STEPS, VAE_BATCH, VAE_LR, VAE_KL = 2600, 48, 1.5e-3, 2e-4  # KL weight per latent number, against error per pixel
 # Denoisers: epsilon prediction, min-SNR weights with gamma 5 (Hang et al., 2303.09556).
-UNET_STEPS, UNET_BATCH, UNET_LR = 8500, 64, 1.2e-3  # the shipped weights are the average after 6,937 of them
-DIT_STEPS, DIT_BATCH, DIT_LR = 5000, 64, 7e-4
+UNET_STEPS, UNET_BATCH, UNET_LR = 8500, 64, 1.2e-3  # shipped: 6,937 steps from noise, then --warm for as many as this
+DIT_STEPS, DIT_BATCH, DIT_LR = 5000, 64, 7e-4  # shipped: 6,400 steps from noise, then --warm for as many as this
 MIN_SNR_GAMMA = 5.0
 DROP = 0.1  # share of captions (labels) replaced by "" (class 1000), so that classifier-free guidance works
 

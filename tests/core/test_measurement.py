@@ -84,7 +84,7 @@ def test_no_interval_where_one_of_the_spreads_is_unknown() -> None:
 def test_fid_is_kept_for_inception() -> None:
     assert measured(1.0, features="inception").label == "FID"
     assert measured(1.0, features="zoo:judge").label == "FD[zoo:judge]"
-    assert measured(1.0, metric="clip_score", features="zoo:judge").label == "clip_score"
+    assert measured(1.0, metric="clip_score", features="zoo:judge").label == "clip_score[zoo:judge]"
 
 
 def test_a_cost_points_down_and_better_points_the_metrics_way() -> None:
