@@ -18,7 +18,7 @@ from ..workflow.context import Context, Options, Silent
 from ..workflow.run import run
 from . import _results
 
-TRIALS, SAMPLES = 100, 256  # candidates at 4 steps, images each
+TRIALS, SAMPLES = 120, 256  # candidates at 4 steps, images each
 MORE_STEPS = {6: 60, 10: 60}  # steps -> candidates
 RESCORED, REPORTED = 512, 1024  # images behind the choice of the winner, and behind each number reported
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, by number of search seeds
@@ -31,7 +31,7 @@ class _Lines(Silent):
 
 def search(method: str, steps: int, seed: int, trials: int, folder: Path) -> dict[str, Any]:
     """Run one search, or take the finished one; its report.json."""
-    stage = {"search": method, "steps": steps, "trials": trials, "samples": SAMPLES, "space": ["timesteps"]}
+    stage = {"search": method, "steps": steps, "trials": trials, "samples": SAMPLES, "space": ["timesteps", "skips"]}
     stage |= {"rescore": 6, "rescore_samples": RESCORED}
     evaluate = {"reference": "zoo:fashion", "metrics": ["fid", "clip_score", "accuracy"], "samples": REPORTED}
     data = {"lissom": 1, "name": folder.name, "model": "zoo:fashion", "seed": seed, "evaluate": evaluate, "stages": [stage]}

@@ -8,6 +8,7 @@ What differs from the authors' released loop, and why (numbers in docs/methods.m
   a step's skips with its timestep, and every operator returns exactly K distinct timesteps.
 - Common seeds for all candidates; the winner is named after re-scoring elites on fresh seeds (workflow does both).
 - Mutation moves a timestep between its neighbours half of the time; the paper only jumps anywhere.
+- Some mutations of stage 2 switch one layer in all steps: one that a step can do without, the others often can too.
 - Skip mutation really changes the skips, and the budget, in MACs instead of a count of layers, holds after every operator.
 """
 
@@ -34,7 +35,8 @@ class Config(BaseModel):
     children: float = Field(default=0.3, ge=0, le=1)  # share made by crossover; paper: 10 to 15 of 50; the rest is random
     mutation: float = Field(default=0.25, gt=0, le=1)  # chance that a gene changes; at least one always does
     jump: float = Field(default=0.3, ge=0, le=1)  # share of timestep mutations that jump anywhere; the paper's all do
-    stage_one: float = Field(default=0.6, ge=0, le=1)  # share of the trials spent on timesteps alone
+    stage_one: float = Field(default=0.4, ge=0, le=1)  # share of the trials spent on timesteps alone
+    throughout: float = Field(default=0.4, ge=0, le=1)  # share of stage 2 mutations that switch one layer in all steps at once
     skipped: float = Field(default=0.1, ge=0, le=1)  # share of a step's layers that a fresh skip set may hold; paper: 0.1
 
 
@@ -101,7 +103,12 @@ def _keep(archive: Any, trials: Iterable[Trial], objective: str) -> None:
 
 
 def mutate(genome: Genome, *, space: Space, config: Config, rng: random.Random, skipping: bool) -> Genome:
-    """Change each gene with probability `mutation`, at least one of them: its timestep, or (stage 2) its skips."""
+    """Change each gene with probability `mutation`, at least one of them: its timestep, or (stage 2) its skips.
+
+    In stage 2, `throughout` of the mutations switch one layer instead: on in all steps if no step runs it, else off in all.
+    """
+    if skipping and rng.random() < config.throughout:
+        return space.fill(_switched(genome, rng.choice(sorted(space.layers))), rng)
     chosen = [i for i in range(len(genome)) if rng.random() < config.mutation] or [rng.randrange(len(genome))]
     genes = list(genome)
     for i in chosen:
@@ -126,6 +133,13 @@ def cross(one: Genome, two: Genome, *, space: Space, rng: random.Random, skippin
     genes += rng.sample(rest, space.steps - len(genes))
     child = space.repair(genes, rng)
     return space.fill(child, rng) if skipping else child
+
+
+def _switched(genome: Genome, layer: str) -> Genome:
+    """The genome with one layer off in all steps, or on in all if none runs it."""
+    off = not all(layer in step.skip for step in genome)
+    skips = [set(step.skip) | {layer} if off else set(step.skip) - {layer} for step in genome]
+    return tuple(s.model_copy(update={"skip": tuple(sorted(skip))}) for s, skip in zip(genome, skips, strict=True))
 
 
 def _skips_mutated(step: Step, space: Space, config: Config, rng: random.Random) -> Step:
@@ -168,5 +182,7 @@ def _breed(
 
     add("mutation", mutants, lambda: toolbox.mutate(rng.choice(parents), skipping=skipping))
     add("crossover", children, lambda: toolbox.mate(rng.choice(parents), rng.choice(parents), skipping=skipping))
+    if skipping:  # random timesteps would give away what stage 1 has found
+        add("mutation", config.population - len(made), lambda: toolbox.mutate(rng.choice(parents), skipping=True))
     add("random", config.population - len(made), random_one)
     return made
