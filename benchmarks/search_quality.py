@@ -80,8 +80,9 @@ def main() -> None:
         "searched FD",
         "ratio",
         "accuracy",
+        "MACs",
         "calls",
-        "timesteps",
+        "timesteps (layers skipped)",
     ]
     executed, plain = (sum(column) for column in zip(*map(_searched_calls, own), strict=True))
     summary = [
@@ -92,9 +93,10 @@ def main() -> None:
     ]
     _results.write(
         "search",
-        f"`zoo:fashion`, DDIM, {SAMPLES} images a candidate, timesteps only, winner chosen on {RESCORED} fresh seeds; every number on "
+        f"`zoo:fashion`, DDIM, {SAMPLES} images a candidate, timesteps and skips, no budget, winner chosen on {RESCORED} fresh seeds; every number on "
         f"{REPORTED:,} images of unseen seeds against the 10,000 test images. Intervals of a row: half-samples of its images; of the "
-        f"summary: Student's t over search seeds. Accuracy: best fixed → searched. Calls: denoiser forwards of 64 for the candidates. "
+        f"summary: Student's t over search seeds. Accuracy: best fixed → searched. MACs: searched, as a share of the uncut steps. Calls: denoiser forwards of 64 for the "
+        f"candidates. Without a budget random_search draws timesteps alone. "
         f"{_results.machine()}.\n\n"
         + _results.table(head, [_row(found) for found in (*own, *random, *longer)])
         + "\n\n"
@@ -122,8 +124,9 @@ def _row(found: dict[str, Any]) -> list[str]:
         _value(found["winner"], "fid"),
         f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
         f"{_value(fixed, 'accuracy')} → {_value(found['winner'], 'accuracy')}",
+        f"{found['winner']['macs_ratio']:.2f}",
         f"{_searched_calls(found)[0]:,}",
-        ", ".join(f"{s['timestep']:g}" for s in found["winner"]["plan"]["steps"]),
+        ", ".join(f"{s['timestep']:g} ({len(s['skip'])})" for s in found["winner"]["plan"]["steps"]),
     ]
 
 
