@@ -1,16 +1,19 @@
-"""The layers of a denoiser that can be left out: where they are, what they weigh, and what stands in for them.
+"""The layers of a denoiser that can be left out: where they are, what they weigh, and what their absence leaves behind.
 
-Layers are found by the class they have in diffusers, never by shape or name: what a layer returns, and whether its parent
-adds that to a residual, is a property of the code. An unknown class is not listed. Skipping a layer in some steps and
-removing it for good share the same substitute, so that both give the same numbers.
+Layers are found by the class they have in diffusers: what a layer returns, and whether its parent adds that to a residual,
+is a property of the code. Blocks of classes that are not known here are found by tracing one forward (`traced`). Skipping a
+layer in some steps and cutting it for good share the same stand-in (standins.py), so that both give the same numbers.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from .standins import STAND_INS, Absent
 
 Removal = Literal["input", "shortcut", "zero"]
 Substitute = Callable[..., Any]  # (layer, *args, **kwargs of its forward) -> what is returned in its place
@@ -25,26 +28,73 @@ class Layer:
     """
 
     address: str  # in `denoiser.named_modules()`, e.g. "down_blocks.0.attentions.0"
-    kind: str  # resnet, attention, transformer_block, self_attention, cross_attention, feed_forward
+    kind: str  # resnet, attention, transformer_block, self_attention, cross_attention, feed_forward, middle
     params: int  # numbers in its parameters
     macs: int | None  # multiply-accumulates that leaving it out saves, per image and step; None until cost.measure ran
     removal: Removal
+    kept: int = 0  # parameters that stay when it is cut: a ResNet's 1x1 shortcut, the embedder in a DiT's first block
+    returns: str | None = None  # of a traced block: the arguments of its forward that it passes on when cut (Cut.value)
+
+    @property
+    def freed(self) -> int:
+        """Parameters that cutting it frees."""
+        return self.params - self.kept
 
 
 def layers(denoiser: nn.Module) -> list[Layer]:
     """Every layer of a denoiser that can be left out, in the order of `named_modules()`.
 
     `params` counts parameters that the layer shares with others too. A layer inside a listed layer is listed as well:
-    leaving out both is the same as leaving out the outer one.
+    leaving out both is the same as leaving out the outer one. Layers that are cut already are not there any more.
     """
     found, denoiser = [], uncompiled(denoiser)
     for address, module in denoiser.named_modules():
         parent = denoiser.get_submodule(address.rpartition(".")[0])
         known = _known(module, parent)
         if address and known is not None:  # the denoiser itself (address "") may be of a listed class: not a layer of itself
-            params = sum(p.numel() for p in module.parameters())
-            found.append(Layer(address, known.kind(module), params, None, known.removal(module)))
+            kept = _size(_stays(module, address))
+            found.append(Layer(address, known.kind(module), _size(module), None, known.removal(module), kept))
     return found
+
+
+def offered(layer: nn.Module, parent: nn.Module) -> bool:
+    """Whether `layers` lists a layer inside this parent."""
+    return _known(layer, parent) is not None
+
+
+def traced(denoiser: nn.Module, forward: Callable[[], Any]) -> list[Layer]:
+    """Blocks of classes that `layers` does not know, found by watching one forward; in the order in which they ran.
+
+    A block is an entry of a list of modules (not inside a known layer, and not a single operator) each of whose outputs has
+    the shape and type of one of its tensor arguments. Cutting it passes those arguments on. Where two arguments have the
+    output's shape, the one most alike in value is taken, as a residual block's output is; without values (meta) none is.
+    forward: runs the denoiser once on any input, in eval mode.
+    """
+    denoiser = uncompiled(denoiser)
+    listed = [layer.address for layer in layers(denoiser)]
+    found: dict[str, Layer] = {}
+    hooks = []
+    for address, module in _entries(denoiser):
+        if any(address == k or address.startswith(k + ".") for k in listed) or isinstance(module, Absent):
+            continue
+        if any(k.startswith(address + ".") for k in listed):  # a container of known layers, such as a stage of a U-Net
+            continue
+
+        def watch(module: Any, args: Any, kwargs: Any, output: Any, address: str = address) -> None:
+            returns = _passed(module, args, kwargs, output)
+            if returns is not None and address not in found:
+                attends = any("Att" in type(m).__name__ for m in module.modules())
+                kind = "transformer_block" if attends else "block"
+                found[address] = Layer(address, kind, _size(module), None, "input", returns=returns)
+
+        hooks.append(module.register_forward_hook(watch, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [layer for a, layer in found.items() if not any(a.startswith(b + ".") for b in found)]
 
 
 def uncompiled(denoiser: nn.Module) -> nn.Module:
@@ -62,61 +112,13 @@ def label_tables(denoiser: nn.Module) -> int:
 
 def substitute(layer: nn.Module) -> Substitute:
     """The function that stands in for a layer which `layers` lists. KeyError for any other class."""
-    return CLASSES[_name(layer)].substitute
-
-
-def resized_shortcut(layer: Any, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """ResnetBlock2D: the shortcut path alone. (B, C_in, H, W) -> (B, C_out, H', W')."""
-    x = input_tensor
-    if layer.upsample is not None:
-        x = layer.upsample(x.contiguous())  # upsampling a large channels-last batch needs it, as in the block itself
-    elif layer.downsample is not None:
-        x = layer.downsample(x)
-    if layer.conv_shortcut is not None:
-        x = layer.conv_shortcut(x)
-    return x / layer.output_scale_factor
-
-
-def wrapped_input(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Transformer2DModel: the feature map (B, C, H, W) unchanged, in the container that was asked for."""
-    from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-    return Transformer2DModelOutput(sample=hidden_states) if kwargs.get("return_dict", True) else (hidden_states,)
-
-
-def plain_input(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A transformer block with one stream: the tokens (B, T, C) unchanged."""
-    return hidden_states
-
-
-def joint_input(
-    layer: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor | None, Tensor]:
-    """A block with two streams, SD3's or Flux's: text and image tokens unchanged, in that order.
-
-    SD3's last block drops the text (`context_pre_only`) and returns None for it.
-    """
-    dropped = getattr(layer, "context_pre_only", False)
-    return (None if dropped else encoder_hidden_states), hidden_states
-
-
-def attention_absent(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Attention: its input where it adds the residual itself (pixel U-Nets), zeros where its parent does."""
-    if layer.residual_connection:
-        return hidden_states / layer.rescale_output_factor
-    return torch.zeros_like(hidden_states)
-
-
-def zeros(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A branch that its parent adds: nothing to add. (B, T, C)."""
-    return torch.zeros_like(hidden_states)
+    return STAND_INS[_name(layer)]
 
 
 @dataclass(frozen=True)
 class _Class:
     kind: Callable[[Any], str]
     removal: Callable[[Any], Removal]
-    substitute: Substitute
     parents: tuple[str, ...] = ()  # if given: offered only directly inside these classes, which add what it returns
 
 
@@ -126,30 +128,35 @@ def _attention_kind(layer: Any) -> str:
     return "cross_attention" if layer.is_cross_attention else "self_attention"
 
 
-def _block(stand_in: Substitute) -> _Class:
-    return _Class(lambda layer: "transformer_block", lambda layer: "input", stand_in)
+def _always(kind: str, removal: Removal) -> _Class:
+    return _Class(lambda layer: kind, lambda layer: removal)
 
 
 # Attention inside SD3's and Flux's blocks returns a pair or is fused with the feed-forward: not offered.
 CLASSES: dict[str, _Class] = {
-    "ResnetBlock2D": _Class(lambda layer: "resnet", lambda layer: "shortcut", resized_shortcut),
-    "Transformer2DModel": _Class(lambda layer: "attention", lambda layer: "input", wrapped_input),
-    "BasicTransformerBlock": _block(plain_input),
-    "SanaTransformerBlock": _block(plain_input),
-    "WanTransformerBlock": _block(plain_input),
-    "JointTransformerBlock": _block(joint_input),
-    "FluxTransformerBlock": _block(joint_input),
-    "FluxSingleTransformerBlock": _block(joint_input),
+    "ResnetBlock2D": _always("resnet", "shortcut"),
+    "Transformer2DModel": _always("attention", "input"),
+    **{
+        name: _always("transformer_block", "input")
+        for name in (
+            "BasicTransformerBlock",
+            "SanaTransformerBlock",
+            "WanTransformerBlock",
+            "JointTransformerBlock",
+            "FluxTransformerBlock",
+            "FluxSingleTransformerBlock",
+        )
+    },
+    "UNetMidBlock2DCrossAttn": _always("middle", "input"),
+    "UNetMidBlock2D": _always("middle", "input"),
     "Attention": _Class(
         _attention_kind,
         lambda layer: "input" if layer.residual_connection else "zero",
-        attention_absent,
         parents=("BasicTransformerBlock", "SanaTransformerBlock"),
     ),
     "FeedForward": _Class(
         lambda layer: "feed_forward",
         lambda layer: "zero",
-        zeros,
         parents=("BasicTransformerBlock", "WanTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock"),
     ),
 }
@@ -166,3 +173,47 @@ def _known(module: Any, parent: nn.Module) -> _Class | None:
     if known is None or not known.parents or _name(parent) in known.parents:
         return known
     return known if getattr(module, "residual_connection", False) else None
+
+
+def _size(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(p.numel() for p in module.parameters())
+
+
+def _stays(layer: Any, address: str) -> nn.Module | None:
+    """The part of a layer that its stand-in keeps."""
+    if _name(layer) == "ResnetBlock2D":
+        parts = [m for m in (layer.conv_shortcut, layer.upsample, layer.downsample) if isinstance(m, nn.Module)]
+        return nn.ModuleList(parts)
+    if address == "transformer_blocks.0":  # the output layer of a DiT reads the embedder of the first block
+        emb = getattr(getattr(layer, "norm1", None), "emb", None)
+        return emb if isinstance(emb, nn.Module) else None
+    return None
+
+
+def _entries(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Entries of lists of modules that are more than one operator, with their addresses."""
+    for name, group in denoiser.named_modules():
+        if isinstance(group, nn.ModuleList):
+            for i, module in enumerate(group):
+                if any(True for _ in module.children()) and _size(module):
+                    yield f"{name}.{i}" if name else str(i), module
+
+
+def _passed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> str | None:
+    """The arguments that have the shapes of the outputs, in their order; None if there is no such reading."""
+    outputs = output if isinstance(output, tuple) else (output,)
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    given = {k: v for k, v in {**dict(zip(names, args, strict=False)), **kwargs}.items() if isinstance(v, Tensor)}
+    chosen: list[str] = []
+    for out in outputs:
+        if not isinstance(out, Tensor):
+            return None
+        fits = [k for k, v in given.items() if v.shape == out.shape and v.dtype == out.dtype and k not in chosen]
+        if len(fits) > 1 and out.is_meta or not fits:
+            return None
+        chosen.append(max(fits, key=lambda k: _alike(given[k], out)) if len(fits) > 1 else fits[0])
+    return ",".join(chosen)
+
+
+def _alike(a: Tensor, b: Tensor) -> float:
+    return float(torch.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0))

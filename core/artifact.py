@@ -1,30 +1,69 @@
 """What a stage hands to the next one: a model reference with a plan, and the manifest lissom.json that says how it was made."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from pydantic import Field, ValidationError
 
-from .candidate import Data, SamplingPlan
+from .candidate import Cut, Data, SamplingPlan
 from .errors import UserError, one_line
 from .files import write_text
 from .measurement import Measurement
 
 MANIFEST, PLAN = "lissom.json", "plan.json"
+MODEL = "model"  # where a stage that makes a smaller model leaves it, in its own folder
+
+
+class Ancestor(Data):
+    """A model in the line of a pruned one, and what was cut from it."""
+
+    parent: str  # pinned reference
+    model_hash: str
+    cuts: tuple[Cut, ...]  # addresses in that parent
 
 
 class Manifest(Data):
-    """lissom.json. Later kinds of artifacts add cuts and the map of old to new names."""
+    """lissom.json: of a stage's folder, and of a pruned model's."""
 
     schema_version: int = 1
-    parent: str  # the model that the plan runs on, as a pinned reference
-    model_hash: str
+    parent: str  # the model that the plan runs on or that was cut, as a pinned reference
+    model_hash: str  # of the parent
     stage: str  # hash of everything that decides the stage's result; an equal one is not run again
     made_by: dict[str, Any] = Field(default_factory=dict)  # the stage as in the recipe
     measurements: tuple[Measurement, ...] = ()
     versions: dict[str, str] = Field(default_factory=dict)
+    component: str = ""  # of the pipeline, e.g. unet; the rest is there for pruned models
+    cuts: tuple[Cut, ...] = ()  # addresses in the parent
+    names: dict[str, str | None] = Field(default_factory=dict)  # module in the parent -> here, None: cut; others kept theirs
+    opens: Literal["", "stock", "remote_code"] = ""  # a stock config, or a class that the folder brings along
+    license: str = ""
+    chain: tuple[Ancestor, ...] = ()  # from the first model to this one's parent, each with its cuts
+
+
+@overload
+def renamed(key: str, names: Mapping[str, str]) -> str: ...
+@overload
+def renamed(key: str, names: Mapping[str, str | None]) -> str | None: ...
+def renamed(key: str, names: Mapping[str, str | None]) -> str | None:
+    """A name of a module or weight after modules moved: the longest address in `names` that it lies under counts.
+
+    None for what was cut. So the keys of a LoRA of the parent become those of the pruned model, and some go.
+
+    >>> renamed("blocks.10.ff.weight", {"blocks.1": "blocks.0", "blocks.10": "blocks.4"})
+    'blocks.4.ff.weight'
+    >>> renamed("blocks.2.ff.weight", {"blocks.2": None}) is None
+    True
+    """
+    parts = key.split(".")
+    for n in range(len(parts), 0, -1):
+        above = ".".join(parts[:n])
+        if above in names:
+            new = names[above]
+            return None if new is None else ".".join([new, *parts[n:]])
+    return key
 
 
 @dataclass(frozen=True)
@@ -57,6 +96,12 @@ def finished(folder: Path) -> Path:
     """Where a run keeps its result: the folder itself, or its last finished stage (NN-verb-method/)."""
     stages = sorted(path.parent for path in folder.glob(f"[0-9][0-9]-*/{MANIFEST}"))
     return folder if (folder / MANIFEST).is_file() or not stages else stages[-1]
+
+
+def made_model(folder: Path) -> Path | None:
+    """The folder of the model that a run (or its last finished stage) made, or None."""
+    path = finished(folder) / MODEL
+    return path if (path / "model_index.json").is_file() else None
 
 
 def read_plan(path: Path | str) -> SamplingPlan:

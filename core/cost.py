@@ -5,8 +5,9 @@ activations and additions are not counted, as is the custom.
 """
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ from .driving.steering import Call, Next, denoisers
 
 @dataclass(frozen=True)
 class Costs:
-    """The arithmetic of one image."""
+    """The arithmetic of one image, or of the batch that `count` was given."""
 
     total: int  # MACs per image and solver step, guidance's second half of the batch included
     layers: dict[str, int]  # address -> MACs per image and step that skipping the layer saves
@@ -50,8 +51,19 @@ def measure(pipe: Any, arguments: dict[str, Any]) -> Costs:
             pipe(**{**{k: v for k, v in extra.items() if k in accepted}, **arguments})
     finally:
         pipe.set_progress_bar_config(**before)
-    params = sum(p.numel() for module in denoisers(pipe).values() for p in module.parameters())
-    return Costs(counter.flops // 2, {address: flops // 2 for address, flops in counter.layers.items()}, params)
+    return counter.costs(denoisers(pipe).values())
+
+
+@torch.no_grad()
+def count(denoiser: nn.Module, *args: Any, **kwargs: Any) -> Costs:
+    """Run one bare forward of a denoiser with these arguments, and count it: MACs of the whole batch, no guidance added.
+
+    On torch's meta device nothing is computed, so that a model of any size can be counted without its weights
+    (`blueprints`); the counts are those of a real device.
+    """
+    counter = _Counter()
+    counter.run(denoiser, functools.partial(denoiser, *args, **kwargs))
+    return counter.costs([denoiser])
 
 
 def plan_macs(costs: Costs, plan: SamplingPlan) -> int:
@@ -73,16 +85,25 @@ def outermost(addresses: tuple[str, ...]) -> list[str]:
 
 @dataclass
 class _Counter:
-    """The interceptor that counts."""
+    """What was counted so far. Also the interceptor that counts while a pipeline is driven."""
 
     flops: int = 0
-    layers: dict[str, int] = field(default_factory=dict)
+    layers: dict[str, int] = field(default_factory=dict)  # address -> flops that skipping the layer saves
 
     def __call__(self, call: Call, following: Next) -> Any:
-        with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as mode, self._layers(call.module, mode) as clock:
-            output = following(call)
+        return self.run(call.module, functools.partial(following, call))
+
+    def run(self, denoiser: nn.Module, forward: Callable[[], Any]) -> Any:
+        """Count one forward of a denoiser, and pass on what it returns."""
+        with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as mode, self._layers(denoiser, mode) as clock:
+            output = forward()
         self.flops += clock.now()
         return output
+
+    def costs(self, denoisers: Iterable[nn.Module]) -> Costs:
+        """In MACs: two flops each, a multiplication and an addition."""
+        params = sum(p.numel() for module in denoisers for p in module.parameters())
+        return Costs(self.flops // 2, {address: flops // 2 for address, flops in self.layers.items()}, params)
 
     @contextlib.contextmanager
     def _layers(self, denoiser: nn.Module, mode: FlopCounterMode) -> Iterator["_Clock"]:
@@ -138,8 +159,12 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
     return sdpa_flop_count(query, key, value)
 
 
-# torch counts the fused attention kernels of CUDA, not the one of the CPU.
-_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+# torch counts the fused attention kernels of CUDA, not those of the CPU and of MPS. Meta tensors take none: there attention
+# falls apart into two batched matrix products, which are counted as such, to the same number.
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_attention_math_for_mps: _attention_flops,
+}
 
 
 def _one_step(pipe: Any) -> SamplingPlan:

@@ -54,7 +54,7 @@ def steered(pipe: Any, interceptors: Sequence[Interceptor]) -> Iterator[None]:
     try:
         for name, module in found.items():
             module.__dict__["_lissom"] = functools.partial(_enter, pipe, name, chain)
-            module.__class__ = _steerable(originals[name])
+            module.__class__ = steerable(originals[name])
         yield
     finally:
         for name, module in found.items():
@@ -63,7 +63,7 @@ def steered(pipe: Any, interceptors: Sequence[Interceptor]) -> Iterator[None]:
 
 
 @functools.cache
-def _steerable(cls: Any) -> Any:
+def steerable(cls: Any) -> Any:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["_lissom"](functools.partial(cls.__call__, self), self, args, kwargs)
 
