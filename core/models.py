@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import artifact
+from . import artifact, opening
 from .candidate import SamplingPlan
 from .conditions import Conditions
 from .conditions import read as read_conditions
@@ -36,6 +36,12 @@ class Model:
     plan: SamplingPlan | None  # an artifact's own plan
     device: str
     dtype: str
+
+    @property
+    def origin(self) -> str:
+        """The model that this one was pruned from, at the beginning of the line; the model itself if it was not."""
+        made = opening.builds_on(self.folder)
+        return (made.chain[0].parent if made.chain else made.parent) if made else self.ref
 
     @property
     def denoiser(self) -> Any:
@@ -67,15 +73,17 @@ def load(
     if made := _run(folder):
         plan = artifact.read_plan(folder)
         folder, pinned = resolve(made.parent, trust_remote_code)
+    if (model := _made(folder)) is not None:
+        folder = model
+    if plan is None and (folder / artifact.PLAN).is_file() and artifact.manifest(folder) is not None:
+        plan = artifact.read_plan(folder)
     check_folder(folder, trust_remote_code)
     device, (dtype, torch_dtype) = _device(device), _dtype(dtype)
     import diffusers
 
     try:
         with _silent(diffusers):
-            pipe = diffusers.DiffusionPipeline.from_pretrained(
-                folder, dtype=torch_dtype, use_safetensors=True, local_files_only=True, trust_remote_code=trust_remote_code
-            )
+            pipe = opening.open_pipeline(folder, torch_dtype, trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as e:
         raise UserError(f"{folder}: diffusers cannot open it ({one_line(e)}). The folder must be a complete pipeline.") from e
     for name, part in pipe.components.items():
@@ -105,12 +113,19 @@ def identity(ref: str) -> str:
         return ref
     folder, _ = resolve(ref)
     made = _run(folder)
-    return identity(made.parent) if made else fingerprint(folder)
+    return identity(made.parent) if made else fingerprint(_made(folder) or folder)
 
 
 def _run(folder: Path) -> artifact.Manifest | None:
     """The manifest of a lissom run that holds a plan but no model of its own."""
-    return None if (folder / "model_index.json").is_file() else artifact.manifest(artifact.finished(folder))
+    if (folder / "model_index.json").is_file() or artifact.made_model(folder) is not None:
+        return None
+    return artifact.manifest(artifact.finished(folder))
+
+
+def _made(folder: Path) -> Path | None:
+    """The model that a lissom run made."""
+    return None if (folder / "model_index.json").is_file() else artifact.made_model(folder)
 
 
 def resolve(ref: str, trust_remote_code: bool = False) -> tuple[Path, str]:
@@ -163,6 +178,7 @@ def check_folder(folder: Path, trust_remote_code: bool = False) -> None:
             f"{index}: the pipeline {parts['_class_name']} is the model's own code, which is not run unless you pass "
             "--trust-remote-code."
         )
+    own = opening.builds_on(folder)
     for name, entry in parts.items():
         if name.startswith("_") or not isinstance(entry, list) or not entry or entry[0] is None:
             continue
@@ -170,7 +186,7 @@ def check_folder(folder: Path, trust_remote_code: bool = False) -> None:
         if not part.is_dir() or not any(part.iterdir()):
             raise UserError(f"{part}: missing, although model_index.json names it. The folder is partial: fetch it again.")
         code = [p for p in part.glob("*.py")]
-        if code and not trust_remote_code:
+        if code and not trust_remote_code and not (own and name == own.component):  # lissom opens its own without that file
             raise UserError(
                 f"{code[0]}: the model comes with its own code, which is not run unless you pass --trust-remote-code."
             )

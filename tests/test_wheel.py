@@ -9,7 +9,7 @@ import lissom
 import pytest
 
 ROOT = Path(lissom.__file__).parent
-SHIPPED = ["*.py", "recipes/**.yaml", "report/*.jinja", "zoo/**.safetensors", "zoo/**.json", "zoo/**.jsonl"]
+SHIPPED = ["*.py", "recipes/**.yaml", "report/*.jinja", "zoo/**.safetensors", "zoo/**.json", "zoo/**.jsonl", "zoo/**.md"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,289 @@
+"""Saving a cut model: a diffusers folder that opens without lissom, verified in a fresh process before it takes its place.
+
+The weights go from the parent's files to the new ones, never through a second model in memory. Untouched components are
+carried over byte for byte, their weights hard-linked where the disk allows. Nothing is left behind when anything fails.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import reload_check, standins, stock, surgery, weights
+from .anatomy import uncompiled
+from .artifact import MANIFEST, PLAN, renamed
+from .candidate import Cut
+from .errors import UserError, one_line
+from .files import disk_errors, write_text
+from .models import PICKLES, Model
+from .stock import Part, Stock
+
+# Differences of outputs, relative to their largest, that are none of the weights. The fresh process holds the same numbers:
+SAME = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2}
+ON_CARD = 1e-3  # in float32 on a graphics card, whose convolutions round to TF32
+ROUNDED = 5e-2  # where its numbers were rounded in another order
+ELSEWHERE = 2e-2  # where the graphics card had no room for a second model, and the CPU computed the other output
+OWN = ("model_index.json", "README.md", MANIFEST, PLAN)  # files of the top folder that are written anew
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a cut denoiser will look like in its folder."""
+
+    opens: str  # "stock" or "remote_code"
+    reason: str  # why it is not stock
+    cls: str  # class name in config.json
+    config: dict[str, Any]  # all of config.json but private keys
+    code: str | None  # text of the module that it brings along
+    sources: dict[str, tuple[str | None, tuple[tuple[int, int], ...], torch.Size]]  # for weights.write
+    names: dict[str, str | None]  # module in the parent -> here; None: cut. Modules that kept their name are not in it
+    params: int
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model folder that was written and verified."""
+
+    structure: Structure
+    folder: Path
+    bytes: int  # of the denoiser's weight files
+    difference: float  # of outputs, relative to their largest, between memory and a fresh process
+
+
+def structure(denoiser: nn.Module, cuts: Sequence[Cut], *, plain_only: bool = False) -> Structure:
+    """How a denoiser with these cuts would be saved. plain_only: UserError unless a stock config can express it."""
+    target = uncompiled(denoiser)
+    base = stock.base_class(target)
+    owner = {id(t): key for key, t in target.state_dict(keep_vars=True).items()}
+    before = {id(m): a for a, m in target.named_modules() if not isinstance(m, nn.ModuleList)}
+    with surgery.applied(target, cuts):
+        found: Stock | str = stock.express(target)
+        if isinstance(found, str) and plain_only:
+            raise UserError(
+                f"these cuts cannot be saved as a model that plain diffusers opens: {found}. "
+                "Leave require_plain_load out, or cut other layers."
+            )
+        state = target.state_dict(keep_vars=True)
+        if isinstance(found, Stock):
+            parts, moved, opens, reason, code = found.parts, found.modules, "stock", "", None
+            built, cls, config = found.model, found.cls.__name__, found.config
+        else:
+            parts, moved, opens, reason = {k: Part(k) for k in state}, {}, "remote_code", found
+            built = target
+            earlier = [list(map(dict, group)) for group in target.config.get("cuts", ())]  # type: ignore[union-attr, operator]
+            cls, code = f"Pruned{base.__name__}", module_text(base.__name__)
+            config = {**stock.base_config(target), "cuts": [*earlier, [cut.plain() for cut in cuts]]}
+        shapes = {k: v.shape for k, v in built.state_dict().items()}
+        sources: dict[str, tuple[str | None, tuple[tuple[int, int], ...], torch.Size]] = {}
+        for key, part in parts.items():
+            source = owner.get(id(state[part.key])) if part.key is not None else None  # zeros of an emptied layer have no owner
+            sources[key] = (source, part.rows, shapes[key])
+        other = {key.rpartition(".")[0] for key, (source, rows, _) in sources.items() if source is None or rows}
+        there = {a for a, _ in built.named_modules()} - other
+        now = {old: to for old, a in _whereabouts(target, before, cuts).items() if (to := renamed(a, moved)) in there}
+        params = surgery.parameters(built)
+    return Structure(opens, reason, cls, config, code, sources, _names(list(before.values()), now), params)
+
+
+def module_text(base: str) -> str:
+    """The self-contained module of an artifact that needs one: torch and diffusers only."""
+    head = f'"""{base} without some of its layers. Written by lissom; needs torch and diffusers, not lissom."""\n'
+    body = inspect.getsource(standins).partition('"""\n')[2]
+    return f"{head}{body}\n\nfrom diffusers import {base}  # noqa: E402\n\nPruned{base} = pruned({base})\n"
+
+
+def save(
+    model: Model,
+    cuts: Sequence[Cut],
+    folder: Path,
+    probe: dict[str, Any],
+    *,
+    manifest: dict[str, Any],
+    plain_only: bool = False,
+    dtype: str | None = None,
+    variant: str | None = None,
+    shard: int | str = "5GB",
+) -> Saved:
+    """Write `folder`, a pipeline whose denoiser has the cuts, and open it in a fresh process. UserError, and nothing left, if not.
+
+    probe: keyword arguments of one forward of the denoiser, to compare outputs on. manifest: fields of lissom.json that the
+    caller knows. dtype: of the saved weights (float32, float16, bfloat16), None: as in the parent's files.
+    """
+    if folder.resolve() == model.folder.resolve():
+        raise UserError(f"{folder}: is the model that is cut. Choose another --out folder.")
+    denoiser, source = uncompiled(model.denoiser), model.folder / model.denoiser_name
+    plan = structure(denoiser, cuts, plain_only=plain_only)
+    if variant is None and dtype is None:
+        variant = weights.variant_of(source)  # other components carry it too: one call has to open them all
+    arguments = {k: v for k, v in probe.items() if k != "return_dict"}
+    as_saved = weights.rounded(denoiser, weights.DTYPES[dtype]) if dtype else nullcontext()
+    with surgery.applied(denoiser, cuts), as_saved, torch.no_grad():
+        expected = denoiser(**arguments, return_dict=False)[0]
+    if not bool(torch.isfinite(expected).all()):
+        raise UserError("the cut model's output holds NaN or infinity, so it was not saved. Cut other layers.")
+    partial = folder.with_name(f".{folder.name}.partial")  # one name: what a killed process left is cleared by the next
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with disk_errors(folder):
+            size = _write(model, plan, partial, dtype, variant, shard)
+            record = {**manifest, "opens": plan.opens, "component": model.denoiser_name, "names": plan.names}
+            write_text(partial / MANIFEST, json.dumps(record, sort_keys=True, indent=2) + "\n")
+        difference = _verify(partial, model, plan, arguments, expected, dtype)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Saved(plan, folder, size, difference)
+
+
+def disk_size(folder: Path) -> int:
+    """Bytes of a component's weight files."""
+    return sum(file.stat().st_size for file in weights.files_of(folder))
+
+
+def _whereabouts(target: nn.Module, before: dict[int, str], cuts: Sequence[Cut]) -> dict[str, str]:
+    """Address before -> address in the cut denoiser, of the modules that are still there. before: id of a module -> address."""
+    emptied = {cut.address for cut in cuts if cut.what == "replace"}
+    now = {}
+    for address, module in target.named_modules():
+        if (old := before.get(id(module))) is not None:
+            now[old] = address
+            if (above := old.rpartition(".")[0]) in emptied:  # an emptied layer is a copy that shares what it keeps
+                now[above] = address.rpartition(".")[0]
+    return now
+
+
+def _names(before: Sequence[str], now: dict[str, str]) -> dict[str, str | None]:
+    """The shortest map of module addresses: what is below an address that moved or went, moved or went with it."""
+    names: dict[str, str | None] = {}
+    for old in sorted(before, key=lambda a: a.count(".")):
+        if renamed(old, names) != now.get(old) and old:
+            names[old] = now.get(old)
+    return names
+
+
+def _write(model: Model, plan: Structure, folder: Path, dtype: str | None, variant: str | None, shard: int | str) -> int:
+    name = model.denoiser_name
+    folder.mkdir(parents=True)
+    index = json.loads((model.folder / "model_index.json").read_text(encoding="utf-8"))
+    for source in sorted(model.folder.iterdir()):
+        if source.is_dir() and source.name != name and isinstance(index.get(source.name), list):
+            for path in (p for p in sorted(source.rglob("*")) if p.is_file() and p.suffix not in PICKLES):
+                _place(path, folder / path.relative_to(model.folder))
+        # Weights beside the components are the parent's in one file, for other programs.
+        elif source.is_file() and source.name not in OWN and source.suffix not in (".safetensors", *PICKLES):
+            _place(source, folder / source.name)
+    target = folder / name
+    target.mkdir()
+    before = json.loads((model.folder / name / "config.json").read_text(encoding="utf-8"))
+    private = {k: v for k, v in before.items() if k.startswith("_") and k != "_name_or_path"}
+    config = {**private, **plan.config, "_class_name": plan.cls}
+    index[name] = ["diffusers", plan.cls]
+    if plan.code is not None:
+        # diffusers keeps local modules flat by file name: with the content's hash in it, two never meet.
+        file = f"pruned_{hashlib.sha256(plan.code.encode()).hexdigest()[:8]}"
+        write_text(target / f"{file}.py", plan.code)
+        config["auto_map"] = {"AutoModel": f"{file}.{plan.cls}"}
+        index[name] = [file, plan.cls]
+    write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_text(folder / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+    with weights.Reader(model.folder / name) as reader:
+        chosen = weights.DTYPES[dtype] if dtype else None
+        return weights.write(plan.sources, reader, target, dtype=chosen, variant=variant, shard=shard)
+
+
+def _place(source: Path, target: Path) -> None:
+    """Weights are linked: writers replace them. Small files are copied: writers open them and would change the parent's too."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    real = source.resolve()  # a hub's snapshot is made of links into its cache
+    if source.suffix == ".safetensors":
+        try:
+            return os.link(real, target)
+        except OSError:  # another disk, or one without hard links
+            pass
+    shutil.copyfile(real, target)
+
+
+def _verify(
+    folder: Path, model: Model, plan: Structure, arguments: dict[str, Any], expected: torch.Tensor, dtype: str | None
+) -> float:
+    """Open the folder in a fresh process and compare. Returns the difference of outputs, relative to their largest."""
+    from safetensors.torch import save_file
+
+    tensors = {"out": expected.float().cpu().contiguous()}
+    given = _parted(arguments, tensors)
+    parts = sorted(p for p in folder.iterdir() if p.is_dir())
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "probe.safetensors"
+        save_file(tensors, file)
+        job = {
+            "folder": str(folder.absolute()), "component": model.denoiser_name, "class": plan.cls, "dtype": model.dtype,
+            "device": model.device, "trust": plan.code is not None, "probe": str(file), "arguments": given,
+            "variant": weights.variant_of(folder / model.denoiser_name),
+            "variant_of_all": next(filter(None, map(weights.variant_of, parts)), None),
+        }  # fmt: skip
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
+        ran = subprocess.run(
+            [sys.executable, "-P", reload_check.__file__],  # -P: our folder's file names must not shadow anyone's modules
+            check=False,
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=scratch,
+        )
+    try:
+        found = json.loads(ran.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        last = ran.stderr.strip().splitlines()[-1:] or [f"exit status {ran.returncode}"]
+        raise UserError(
+            f"{folder.parent}: the saved model does not open in a fresh process ({one_line(Exception(last[0]))})."
+        ) from None
+    if found["wrong"] or found["parameters"] != plan.params:
+        said = found["wrong"] or f"{found['parameters']} parameters, not {plan.params}"
+        raise UserError(f"{folder.parent}: the saved model does not match its config ({said}).")
+    limit = _limit(model, dtype, found["device"])
+    if found["difference"] is None or not found["difference"] <= limit:
+        raise UserError(
+            f"{folder.parent}: a fresh process computes something else than this one (by {found['difference']:.2g} of the largest "
+            f"output, at most {limit:g} is rounding)."
+        )
+    return float(found["difference"])
+
+
+def _limit(model: Model, dtype: str | None, device: str) -> float:
+    """How much of the largest output may be rounding. dtype: of the saved weights; device: that the fresh process computed on."""
+    twice = (
+        dtype not in (None, "float32", model.dtype) and model.dtype != "float32"
+    )  # float16 by way of bfloat16, or the reverse
+    limit = ROUNDED if twice else SAME[model.dtype]
+    if model.device != "cpu":
+        limit = max(limit, ON_CARD)
+    return limit if device == model.device else max(limit, ELSEWHERE)
+
+
+def _parted(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Arguments as JSON, their tensors put aside under a number. `reload_check.joined` is the way back."""
+    if isinstance(value, torch.Tensor):
+        tensors[name := str(len(tensors))] = value.detach().cpu().contiguous()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": {k: _parted(v, tensors) for k, v in value.items()}}
+    if isinstance(value, list | tuple):
+        return {type(value).__name__: [_parted(v, tensors) for v in value]}
+    if value is None or isinstance(value, str | int | float | bool):
+        return {"plain": value}
+    raise UserError(f"a {type(value).__name__} in the denoiser's arguments cannot be handed to a fresh process.")
