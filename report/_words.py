@@ -91,7 +91,7 @@ def bracketed(value: float, interval: tuple[float, float] | None) -> str:
     low, high = interval
     half = (high - low) / 2
     digits = min(6, max(0, math.ceil(-math.log10(half / 2)))) if half > 0 else 4
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{value:z.{digits}f} [{low:z.{digits}f}, {high:z.{digits}f}]"  # z: no minus before a zero
 
 
 def short(value: float | None) -> str:
@@ -172,22 +172,35 @@ def conditions(report: SearchReport) -> list[tuple[str, str]]:
         ("objective", report.objective_label),
         ("budget", ", ".join(f"{key} <= {value:g}" for key, value in report.budget.items())),
         ("images", f"{report.samples:,} per candidate in the search, {report.report_samples:,} in this report"),
-        ("seeds of the report", _seeds(measured)),
-        ("seeds of the re-scoring", _seeds(report.winner.rescored)),
+        ("seeds of the report", seed_block(measured)),
+        ("seeds of the re-scoring", seed_block(report.winner.rescored)),
         *((f"reference ({role})", text) for role, text in report.reference.items()),
     ]
     if measured:
-        rows += [
-            ("reference hash", measured.reference or ""),
-            ("features", measured.features or ""),
-            ("resize", measured.resize or ""),
-            ("prompts hash", measured.prompts or ""),
-            ("device, dtype", f"{measured.device}, {measured.dtype}"),
-        ]
+        rows += measured_under(measured)
     versions = {"lissom": report.lissom, **(measured.versions if measured else {}), **report.environment}
     rows += [("environment", ", ".join(f"{key} {value}" for key, value in versions.items()))]
     rows += [("intervals", "95 %, from half-samples of the images; they do not cover the choice of the search's seed")]
     return [(name, text) for name, text in rows if text]
+
+
+def measured_under(measured: Measurement) -> list[tuple[str, str]]:
+    """What a value depends on besides the model and the images; some texts may be empty."""
+    return [
+        ("reference hash", measured.reference or ""),
+        ("features", measured.features or ""),
+        ("resize", measured.resize or ""),
+        ("prompts hash", measured.prompts or ""),
+        ("device, dtype", f"{measured.device}, {measured.dtype}"),
+    ]
+
+
+def seed_block(measured: Measurement | None) -> str:
+    """Which images a value comes from, empty where that is not recorded."""
+    if measured is None or measured.seeds is None:
+        return ""
+    seeds = measured.seeds
+    return f"role {seeds.role}, base {seeds.base}, images {seeds.start:,} to {seeds.start + seeds.count - 1:,}"
 
 
 def warnings(report: SearchReport) -> list[str]:
@@ -213,10 +226,3 @@ def _cost(relative: float) -> str:
     if abs(relative - 1) <= EQUAL:
         return "at equal MACs"
     return f"at {relative:.2f} {'of' if relative < 1 else 'times'} the fixed schedule's MACs"
-
-
-def _seeds(measured: Measurement | None) -> str:
-    if measured is None or measured.seeds is None:
-        return ""
-    seeds = measured.seeds
-    return f"role {seeds.role}, base {seeds.base}, images {seeds.start:,} to {seeds.start + seeds.count - 1:,}"

@@ -1,21 +1,10 @@
 """report.html: one file that shows everything, needs nothing else, and asks the network for nothing."""
 
-import base64
-import io
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from . import _words, plots
+from . import _page, _words, plots
 from .schema import Row, Scored, SearchReport
-
-TEMPLATE = Path(__file__).with_name("search.html.jinja")
-PIXELATED_BELOW = 128  # pixels a tile: smaller images are enlarged without smoothing, as they are
-
-
-class Sheet(NamedTuple):
-    name: str
-    uri: str | None  # None: the file that report.json names is not there
-    pixelated: bool
 
 
 def render(report: SearchReport, folder: Path) -> str:
@@ -23,11 +12,6 @@ def render(report: SearchReport, folder: Path) -> str:
 
     Raises ValueError when `best_fixed` names none of the baselines.
     """
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     best, columns = _words.best_fixed(report), _words.metrics(report)
     drawn = {
         "intervals": plots.intervals(report),
@@ -36,19 +20,32 @@ def render(report: SearchReport, folder: Path) -> str:
         "schedules": plots.schedules(report),
         "skipped": plots.skipped(report),
     }
-    return template.render(
+    return _page.fill(
+        "search.html.jinja",
         report=report,
         words=_words,
         verdict=_words.verdict(report),
         best=best,
+        keys=_keys(report, best),
         columns=columns,
         results=[_result(scored, [m.metric for m in columns]) for scored in (report.winner, *report.baselines)],
         equal_macs=plots.equal_macs(report),
-        plots={name: Markup(svg) for name, svg in drawn.items() if svg},  # our own SVG: matplotlib has escaped its texts
-        sheets=[_sheet(scored, folder) for scored in (best, report.winner) if scored.sheet],
+        plots=_page.trusted(drawn),
+        sheets=[_page.sheet(scored.name, scored.sheet, folder) for scored in (best, report.winner) if scored.sheet],
         other_metrics=_other_metrics(report),
         candidates=[_candidate(row, report) for row in report.candidates],
     )
+
+
+def _keys(report: SearchReport, best: Scored) -> list[_page.Key]:
+    label = report.objective_label
+    found = [
+        ("searched", f"{label}, searched", _words.quoted(_words.find(report.winner, report.objective))),
+        ("fixed", f"{label}, {best.name} (best fixed)", _words.quoted(_words.find(best, report.objective))),
+        ("", f"gain over {best.name} (1: none)", _words.ratio_words(report.ratio).removeprefix("ratio ")),
+    ]
+    work = _page.Key("", "MACs ratio, searched", f"{report.winner.macs_ratio:.3f}", "of the uncut run; work, not seconds")
+    return [*(_page.key(*one) for one in found), work]
 
 
 def _result(scored: Scored, names: list[str]) -> dict[str, Any]:
@@ -82,15 +79,3 @@ def _candidate(row: Row, report: SearchReport) -> dict[str, Any]:
 def _other_metrics(report: SearchReport) -> list[str]:
     """Metrics that candidates carry besides the objective."""
     return sorted({name for row in report.candidates for name in row.others})
-
-
-def _sheet(scored: Scored, folder: Path) -> Sheet:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        data = (folder / str(scored.sheet)).read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            small, kind = image.width < 8 * PIXELATED_BELOW, Image.MIME[image.format or "PNG"]
-    except (OSError, UnidentifiedImageError):
-        return Sheet(scored.name, None, False)
-    return Sheet(scored.name, f"data:{kind};base64,{base64.b64encode(data).decode()}", small)

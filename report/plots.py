@@ -1,37 +1,21 @@
-"""The report's plots as inline SVG, deterministic and drawn without global state.
+"""The plots of the search report as inline SVG, deterministic.
 
-Colours are CSS variables of the page (with a fallback), so one picture serves light and dark. The pair orange and blue is
-safe for the common kinds of colour blindness, and every series has its own marker too.
+The pair orange and blue is safe for the common kinds of colour blindness, and every series has its own marker too.
 """
 
-import io
 import math
 import random
-import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from . import _words
+from ._canvas import DOT, FIXED, INK, SEARCHED, SURFACE, legend, log_where_wide, new_figure, new_rows, to_svg
 from .schema import Row, Scored, SearchReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 CROWD = 12  # labels that fit beside each other
-WIDTH = 4.9  # inches: at 1280 px two plots stand side by side, at 390 px one fills the width and stays legible
-
-# matplotlib wants colours, the page wants variables: each stand-in is replaced in the finished SVG.
-INK, MUTED, LINE, SEARCHED, FIXED, DOT, SURFACE = (f"#00000{i}" for i in range(1, 8))
-THEME = {
-    INK: "var(--ink,#1c2530)",
-    MUTED: "var(--muted,#5b6672)",
-    LINE: "var(--line,#d6dbe1)",
-    SEARCHED: "var(--searched,#c2410c)",
-    FIXED: "var(--fixed,#0369a1)",
-    DOT: "var(--dot,#8a94a0)",
-    SURFACE: "var(--surface,#ffffff)",
-}
 MARKS = ("s", "D", "^", "v", "P", "p", "h", "d")  # one per baseline
 
 
@@ -40,7 +24,7 @@ def tradeoff(report: SearchReport) -> str:
     rows = _words.ranked(report)
     if equal_macs(report):
         return _strips(report, rows)
-    figure, axes = _figure(3.2)
+    figure, axes = new_figure(3.2)
     axes.scatter([r.macs_ratio for r in rows], [_known(r.value) for r in rows], s=16, color=DOT, label="candidates", alpha=0.75)
     for scored, color, mark, size in _marked(report):
         if scored.searched_value is not None:
@@ -48,9 +32,9 @@ def tradeoff(report: SearchReport) -> str:
             axes.scatter(*at, s=size, color=color, marker=mark, label=scored.name, zorder=3, edgecolors=SURFACE, linewidths=0.8)
     axes.set_xlabel("MACs ratio against the uncut run")
     axes.set_ylabel(f"{report.objective_label} (search seeds)")
-    _scale(axes, "y", [_known(r.value) for r in rows])
-    _legend(axes)
-    return _svg(figure, "tradeoff")
+    log_where_wide(axes, "y", [_known(r.value) for r in rows])
+    legend(axes)
+    return to_svg(figure, "tradeoff")
 
 
 def equal_macs(report: SearchReport) -> bool:
@@ -62,7 +46,7 @@ def equal_macs(report: SearchReport) -> bool:
 
 def progress(report: SearchReport) -> str:
     """Objective of every candidate in order, the best so far, baselines as horizontal lines, failures on the lower edge."""
-    figure, axes = _figure(3.2)
+    figure, axes = new_figure(3.2)
     rows = _words.candidates(report)
     done = [row for row in rows if row.value is not None]
     values = [_known(row.value) for row in done]
@@ -78,21 +62,21 @@ def progress(report: SearchReport) -> str:
         )
     lines = [(s.searched_value, s.name) for s in report.baselines if s.searched_value is not None]
     axes.margins(y=0.1)  # room for the failures below the best
-    _scale(axes, "y", values + [value for value, _ in lines])
+    log_where_wide(axes, "y", values + [value for value, _ in lines])
     for value, name in lines:
         strong = name == report.best_fixed
         axes.axhline(value, color=FIXED, linewidth=1.6 if strong else 0.9, linestyle="--" if strong else ":")
     _label_right(axes, lines, report.best_fixed)
     axes.set_xlabel("candidate")
     axes.set_ylabel(f"{report.objective_label} (search seeds)")
-    _legend(axes)
-    return _svg(figure, "progress")
+    legend(axes)
+    return to_svg(figure, "progress")
 
 
 def intervals(report: SearchReport) -> str:
     """The objective of the winner and of every baseline on unseen seeds, with 95 % intervals."""
     entries = [(s, color) for s, color, *_ in _marked(report) if _words.find(s, report.objective)]
-    figure, axes = _rows([s.name for s, *_ in entries], 0.34)
+    figure, axes = new_rows([s.name for s, *_ in entries], 0.34)
     for y, (scored, color) in enumerate(entries):
         measured = _words.find(scored, report.objective)
         assert measured is not None  # filtered above
@@ -100,13 +84,13 @@ def intervals(report: SearchReport) -> str:
         axes.plot([low, high], [y, y], color=color, linewidth=1.8, marker="|", markersize=9, markeredgewidth=1.8)
         axes.scatter([measured.value], [y], s=24, color=color, marker="o", zorder=3)
     axes.set_xlabel(f"{report.objective_label} on {report.report_samples:,} unseen images, 95 % interval")
-    return _svg(figure, "intervals")
+    return to_svg(figure, "intervals")
 
 
 def schedules(report: SearchReport) -> str:
     """Where each schedule spends its steps, from noise on the left to the image on the right. Numbers: layers skipped there."""
     entries = _marked(report)
-    figure, axes = _rows([s.name for s, *_ in entries], 0.4)
+    figure, axes = new_rows([s.name for s, *_ in entries], 0.4)
     for y, (scored, color, mark, size) in enumerate(entries):
         times = scored.plan.timesteps
         axes.plot(times, [y] * len(times), color=color, linewidth=1, alpha=0.6)
@@ -118,7 +102,7 @@ def schedules(report: SearchReport) -> str:
     total = _words.training_steps(s.plan for s, *_ in entries)
     axes.set_xlim(total * 1.03, -total * 0.03)
     axes.set_xlabel(f"timestep of {total:,} (noise left, image right)")
-    return _svg(figure, "schedules")
+    return to_svg(figure, "schedules")
 
 
 def skipped(report: SearchReport) -> str | None:
@@ -127,74 +111,33 @@ def skipped(report: SearchReport) -> str | None:
     layers = sorted({address for step in steps for address in step.skip})
     if not layers:
         return None
-    figure, axes = _rows(layers, 0.24, mono=True)
+    figure, axes = new_rows(layers, 0.24, mono=True)
     at = [(i, layers.index(address)) for i, step in enumerate(steps) for address in step.skip]
     axes.scatter([x for x, _ in at], [y for _, y in at], s=70, marker="s", color=SEARCHED)
     axes.set_xlim(-0.6, len(steps) - 0.4)
     shown = range(0, len(steps), -(-len(steps) // CROWD))
     axes.set_xticks(shown, [f"{steps[i].timestep:g}" for i in shown])
     axes.set_xlabel("timestep of the step")
-    return _svg(figure, "skipped")
+    return to_svg(figure, "skipped")
 
 
 def _strips(report: SearchReport, rows: Sequence[Row]) -> str:
     entries = [e for e in _marked(report) if e[0].searched_value is not None]
-    figure, axes = _rows(["candidates", *(s.name for s, *_ in entries)], 0.36)
+    figure, axes = new_rows(["candidates", *(s.name for s, *_ in entries)], 0.36)
     rng = random.Random(0)  # spread only so that dots do not hide each other
     values = [_known(row.value) for row in rows]
     axes.scatter(values, [rng.uniform(-0.28, 0.28) for _ in rows], s=14, color=DOT, alpha=0.75)
     for y, (scored, color, mark, size) in enumerate(entries, 1):
         axes.scatter([_known(scored.searched_value)], [y], s=size, color=color, marker=mark, edgecolors=SURFACE, linewidths=0.8)
-    _scale(axes, "x", values + [_known(s.searched_value) for s, *_ in entries])
+    log_where_wide(axes, "x", values + [_known(s.searched_value) for s, *_ in entries])
     axes.set_xlabel(f"{report.objective_label} on the search's seeds")
-    return _svg(figure, "tradeoff")
+    return to_svg(figure, "tradeoff")
 
 
 def _marked(report: SearchReport) -> list[tuple[Scored, str, str, int]]:
     """(schedule, colour, marker, area) in the order in which all plots show them."""
     others = [(s, FIXED, MARKS[i % len(MARKS)], 44) for i, s in enumerate(report.baselines)]
     return [(report.winner, SEARCHED, "*", 130), *others]
-
-
-def _figure(height: float) -> tuple["Figure", "Axes"]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="none")
-    axes = figure.add_subplot(facecolor="none")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(LINE)
-    axes.tick_params(which="both", colors=MUTED, labelsize=10, length=3)
-    axes.xaxis.label.set(color=INK, fontsize=10.5)
-    axes.yaxis.label.set(color=INK, fontsize=10.5)
-    axes.grid(color=LINE, linewidth=0.6, alpha=0.7)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _rows(names: Sequence[str], height: float, mono: bool = False) -> tuple["Figure", "Axes"]:
-    """One horizontal line per name, the first on top; `height` in inches a line."""
-    figure, axes = _figure(0.75 + height * len(names))
-    axes.set_yticks(
-        range(len(names)), names, color=INK, fontfamily="monospace" if mono else "sans-serif", fontsize=8 if mono else 10
-    )
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.grid(axis="y", visible=False)
-    return figure, axes
-
-
-def _scale(axes: "Axes", which: Literal["x", "y"], values: Sequence[float]) -> None:
-    """Logarithmic where values span a factor of three and more: early candidates would squeeze the good ones into a line."""
-    if not values or min(values) <= 0 or max(values) < 3 * min(values):
-        return
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    getattr(axes, f"set_{which}scale")("log")
-    axis = getattr(axes, f"{which}axis")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) > 30 * min(values) else (1, 1.5, 2, 3, 4, 6, 8)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _label_right(axes: "Axes", lines: Sequence[tuple[float, str]], best: str) -> None:
@@ -216,38 +159,6 @@ def _label_right(axes: "Axes", lines: Sequence[tuple[float, str]], best: str) ->
         text.set_fontweight(weight)
 
 
-def _legend(axes: "Axes") -> None:
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9.5, labelcolor=INK,
-        handletextpad=0.3, columnspacing=1.2, borderaxespad=0.1,
-    )  # fmt: skip
-
-
 def _known(value: float | None) -> float:
     assert value is not None  # callers pass complete rows only
     return value
-
-
-def _svg(figure: "Figure", name: str) -> str:
-    """An <svg> element to set into a page: no prolog, no metadata, no ids but those it uses (prefixed with `name`)."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.text import Text
-
-    for label in figure.findobj(Text):
-        label.set_parse_math(False)  # a $ in a name is a dollar
-    out = io.StringIO()
-    with rc_context({"svg.hashsalt": "lissom", "svg.fonttype": "none"}):
-        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    drawn = out.getvalue()
-    text = drawn[drawn.index("<svg") :]
-    text = re.sub(r"<style.*?</style>|<metadata>.*?</metadata>|\sxmlns(:xlink)?=\"[^\"]*\"", "", text, flags=re.DOTALL)
-    used = set(re.findall(r"(?:url\(#|xlink:href=\"#)([\w.-]+)", text))
-    text = re.sub(r" id=\"([\w.-]+)\"", lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
-    text = re.sub(r"(url\(#|xlink:href=\"#)", rf"\g<1>{name}-", text)
-    text = re.sub(r"font-family: [^;\"]*Mono[^;\"]*", "font-family: ui-monospace, monospace", text)
-    text = re.sub(r"font-family: 'DejaVu Sans'[^;\"]*", "font-family: system-ui, sans-serif", text)
-    text = re.sub(r"\s+", " ", text).replace("> <", "><")
-    for stand_in, variable in THEME.items():
-        text = text.replace(stand_in, variable)
-    return text.replace("<svg", f'<svg class="plot" aria-hidden="true" data-plot="{name}"', 1).strip()

@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from lissom.core.measurement import Measurement
 from lissom.report import _words, html, markdown, plots
 from lissom.report.schema import Ratio, Scored, SearchReport
 from lissom.report.sheets import sheet
+from lissom.tests.report.parsed import Page
 from PIL import Image
 
 Make = Callable[..., SearchReport]
@@ -107,35 +107,6 @@ def test_fixed_schedules_are_not_counted_as_candidates(make_report: Make) -> Non
 def test_unknown_best_fixed(make_report: Make) -> None:
     with pytest.raises(ValueError, match="'nobody'.*leading, trailing, linspace"):
         markdown.render(make_report(best_fixed="nobody"))
-
-
-class Page(HTMLParser):
-    """Tags balanced, addresses and texts collected."""
-
-    VOID = ("meta", "img", "br", "path", "use", "rect")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.loaded: list[str] = []
-        self.tags: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.loaded += [value or "" for key, value in attrs if key in ("src", "srcset", "data", "poster", "background")]
-        self.loaded += [v or "" for k, v in attrs if k in ("href", "xlink:href") and tag != "a"]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,74 @@
+"""README.md of a pruned model: where it is from, what was cut, what was measured, how it opens. Licence carried over."""
+
+import json
+import re
+from collections.abc import Mapping
+
+from . import prune_words as words
+from ._gfm import facts, fence, line, table
+from .prune_schema import PruneReport
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def render(report: PruneReport, license_: Mapping[str, str], *, origin: str) -> str:
+    """GFM text with the metadata that model hubs read. license_: the lines of the parent's card (license, license_name, …).
+
+    origin: reference of the model that the line of pruned models began with.
+    """
+    parent = report.model.partition("@")[0]
+    name = f"{parent.rstrip('/').rpartition('/')[2]}, pruned by {report.method}"
+    sections = [
+        _metadata(report, license_, origin),
+        f"# {line(name)}",
+        line(words.verdict(report).sentence),
+        *([] if report.opens_plain else [f"> [!WARNING]\n> **{line(words.not_plain(report))}**"]),
+        fence("python", report.open_with),
+        _origin(report),
+        "## Size",
+        table(words.SIZES, words.sizes(report)),
+        *_quality(report),
+        "## How it was made",
+        fence("json", json.dumps(_recipe(report), indent=2)),
+        *facts("Conditions", words.conditions(report)),
+        "## Licence",
+        _licence(report, license_),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _origin(report: PruneReport) -> str:
+    return (
+        f"Made from `{line(report.model)}` (weights {report.model_hash[:16]}) by lissom {report.lissom}, without any training. "
+        "`lissom.json` holds the cuts, the old and new names of modules (for LoRA and ControlNet), and all measurements."
+    )
+
+
+def _metadata(report: PruneReport, license_: Mapping[str, str], origin: str) -> str:
+    """The YAML on top. JSON strings are YAML strings: no text can break out of it."""
+    rows = [(key, json.dumps(value)) for key, value in license_.items()]
+    base = origin.partition("@")[0]
+    if HUB_ID.fullmatch(origin) and not origin.startswith("zoo:"):
+        rows += [("base_model", json.dumps(base))]
+    rows += [("library_name", "diffusers"), ("tags", json.dumps(["lissom", "pruned", report.method]))]
+    return "\n".join(["---", *(f"{key}: {value}" for key, value in rows), "---"])
+
+
+def _quality(report: PruneReport) -> list[str]:
+    rows = words.quality_rows(report)
+    if not rows:
+        return []
+    note = f"On {report.samples:,} images of seeds that nothing else used, with 95 % intervals."
+    return ["## Quality", table(words.QUALITY, rows), note]
+
+
+def _recipe(report: PruneReport) -> dict[str, object]:
+    made: dict[str, object] = {"prune": report.method, **report.settings}
+    return made if report.keep is None else {**made, "keep": report.keep, "of": report.of}
+
+
+def _licence(report: PruneReport, license_: Mapping[str, str]) -> str:
+    if not license_:
+        return f"The parent's card names no licence. Whatever holds for `{line(report.model)}` holds for this model."
+    said = ", ".join(line(value) for value in license_.values())
+    return f"That of the parent: {said}."
