@@ -1,4 +1,4 @@
-"""What `lissom search` and `lissom run` share: run a recipe's text, or say what it would cost, and print the outcome."""
+"""What `lissom search`, `lissom prune` and `lissom run` share: run a recipe's text, or say what it would cost, and print the outcome."""
 
 import json
 from pathlib import Path

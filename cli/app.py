@@ -9,7 +9,8 @@ import typer
 from typer.core import TyperGroup
 
 from ..core.errors import INTERNAL, INTERRUPTED, UserError
-from . import doctor, evaluate, inspect, recipes, report, run, sample, search
+from . import doctor, evaluate, inspect, prune, recipes, report, run, sample, search
+from ._method import MethodCommand
 
 
 class _Group(TyperGroup):
@@ -50,7 +51,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Make diffusion models small and fast.",
 )
-app.command("search", cls=search.MethodCommand)(search.search)
+app.command("search", cls=MethodCommand)(search.search)
+app.command("prune", cls=MethodCommand)(prune.prune)
 app.command("evaluate")(evaluate.evaluate)
 app.command("sample")(sample.sample)
 app.command("run")(run.run)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from . import methods
 from .candidate import Data
@@ -52,6 +52,47 @@ class SearchStage(Data):
         return self.search
 
 
+KEEP = 0.7  # share that is left where none is given
+
+
+class PruneStage(Data):
+    """Make the model smaller: `{prune: METHOD, keep: R, …}`. The method's own settings stand beside these keys."""
+
+    prune: str  # a file in prune/, or a module of your own (mylab.prune.mine)
+    keep: float | None = None  # share of the cost that is left at most [0.7]; methods that bring a structure take none
+    of: Literal["params", "macs", "latency"] = "params"  # what `keep` is a share of: of all denoisers of the pipeline
+    calibration: int = Field(default=64, ge=1)  # images whose denoiser calls the losses are measured on
+    times: int = Field(default=8, ge=1)  # noise levels that these calls are spread over
+    data: str | None = None  # image folder or zip to take them from; teacher (the model's own trajectories) by default
+    units: tuple[str, ...] = ()  # kinds of layers that may be cut; resnet, attention and transformer_block by default
+    shortcuts: bool = True  # ResNets that change the number of channels may go too: their trained 1x1 shortcut stays
+    include: tuple[str, ...] = ()  # patterns of addresses (up_blocks.*): only these layers may be cut
+    exclude: tuple[str, ...] = ()  # patterns of addresses: these layers may not be cut
+    require_plain_load: bool = False  # only cuts that a stock config expresses: no trust_remote_code is ever needed
+    measure: bool = True  # score the model before and after, where there are prompts and features
+    steps: int | None = Field(default=None, ge=1)  # solver steps of the images that are scored; the pipeline's default
+    latency_batches: tuple[int, ...] = (1, 64)  # batches at which one call of the denoiser is timed; [] for none
+    save_dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of the saved weights; the parent's by default
+    variant: str | None = Field(default=None, pattern=r"^\w+$")  # in the names of the weight files, e.g. fp16
+    shard_size: str = Field(default="5GB", pattern=r"^\d+(MB|GB)$")  # of a weight file at most
+    settings: dict[str, Any] = Field(default_factory=dict)  # the method's Config, validated
+
+    @model_validator(mode="after")
+    def _sensible(self) -> "PruneStage":
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise ValueError(f"keep={self.keep:g}: must be above 0 and at most 1, the share of the {self.of} that is left")
+        return self
+
+    @property
+    def method(self) -> str:
+        return self.prune
+
+    @property
+    def share(self) -> float:
+        """`keep`, or its default."""
+        return KEEP if self.keep is None else self.keep
+
+
 class Recipe(Data):
     """A model, how it is scored, and a chain of stages."""
 
@@ -63,10 +104,15 @@ class Recipe(Data):
     prompts: str | None = None  # .txt or .jsonl, relative to the recipe; the zoo has balanced classes by default
     call: dict[str, Any] = Field(default_factory=dict)  # further `__call__` arguments: guidance_scale, height, …
     evaluate: Evaluate = Evaluate()
-    stages: tuple[SearchStage, ...] = Field(min_length=1)
+    stages: tuple[SearchStage | PruneStage, ...] = Field(min_length=1)
 
 
-VERBS: dict[str, type[BaseModel]] = {"search": SearchStage}
+VERBS: dict[str, type[SearchStage | PruneStage]] = {"search": SearchStage, "prune": PruneStage}
+
+
+def verb_of(stage: SearchStage | PruneStage) -> str:
+    """search, prune, …"""
+    return next(verb for verb, kind in VERBS.items() if isinstance(stage, kind))
 
 
 def read(path: Path, overrides: Iterable[str] = ()) -> tuple[Recipe, str]:
@@ -168,22 +214,20 @@ def settings(verb: str, method: str, given: Mapping[str, Any]) -> Any:
 def json_schema() -> dict[str, Any]:
     """JSON Schema of a recipe for editors, with every method's own settings."""
     schema = Recipe.model_json_schema()
-    common = schema["$defs"].pop("SearchStage")
-    common["properties"].pop("settings")
     stages = []
-    for name in methods.names("search"):
-        config = methods.load("search", name).Config.model_json_schema()
-        stages.append(
-            {
-                **common,
-                "title": f"search: {name}",
-                "properties": {**common["properties"], **config.get("properties", {}), "search": {"const": name}},
-                "description": config.get("description", ""),
-            }
-        )
-        schema["$defs"].update(config.get("$defs", {}))
-    own = {**common, "additionalProperties": True, "properties": {**common["properties"], "search": {"pattern": r"\."}}}
-    schema["properties"]["stages"]["items"] = {"anyOf": [*stages, {**own, "title": "search: a module of your own"}]}
+    for verb, kind in VERBS.items():
+        common = schema["$defs"].pop(kind.__name__)
+        common["properties"].pop("settings")
+        for name in methods.names(verb):
+            config = methods.load(verb, name).Config.model_json_schema()
+            own = {**common["properties"], **config.get("properties", {}), verb: {"const": name}}
+            stages.append(
+                {**common, "title": f"{verb}: {name}", "properties": own, "description": config.get("description", "")}
+            )
+            schema["$defs"].update(config.get("$defs", {}))
+        free = {**common, "additionalProperties": True, "properties": {**common["properties"], verb: {"pattern": r"\."}}}
+        stages.append({**free, "title": f"{verb}: a module of your own"})
+    schema["properties"]["stages"]["items"] = {"anyOf": stages}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "lissom recipe"}
 
 
@@ -206,14 +250,20 @@ def _stage(raw: Any, at: tuple[str | int, ...], complain: Any) -> Any:
         config = methods.load(verb, str(raw[verb])).Config
     except UserError as e:
         complain((*at, verb), str(e))
-        return own
+        return None
+    known = [*(k for k in VERBS[verb].model_fields if k != "settings"), *config.model_fields]
+    errors = []
     try:
         own["settings"] = config.model_validate(rest).model_dump(mode="json")
     except ValidationError as e:
-        known = [*(k for k in VERBS[verb].model_fields if k != "settings"), *config.model_fields]
-        for error in e.errors():
-            complain((*at, *error["loc"]), _message(error, known))
-    return own
+        errors += e.errors()
+    try:
+        stage = VERBS[verb].model_validate(own)
+    except ValidationError as e:
+        errors += e.errors()
+    for error in errors:
+        complain((*at, *error["loc"]), _message(error, known))
+    return None if errors else stage
 
 
 def _message(error: Any, known: Iterable[str] | None = None) -> str:

@@ -117,7 +117,7 @@ def features_for(name: str | None, model: Model) -> "Features":
     from ..evaluate import _features
 
     if name is None:
-        if not model.ref.startswith("zoo:"):
+        if not model.origin.startswith("zoo:"):
             raise UserError(f"{model.ref}: say with --features what to compare images by, e.g. --features zoo:judge.")
         name = "zoo:judge"
     return _features.load(name, device=model.device)
@@ -127,4 +127,4 @@ def default_reference(name: str | None, model: Model) -> str:
     """The named reference; else the training data of a zoo model, else the model's own many-step outputs."""
     if name is not None:
         return name
-    return "zoo:fashion" if model.ref.startswith("zoo:") else "teacher"
+    return "zoo:fashion" if model.origin.startswith("zoo:") else "teacher"

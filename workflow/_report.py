@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..core import artifact
 from ..core.candidate import Candidate, SamplingPlan, Seeds
 from ..core.cost import Costs, plan_macs
 from ..core.errors import UserError
@@ -182,12 +183,18 @@ def write_reproduce(folder: Path, plan: SamplingPlan, subject: "Subject", seeds:
         denoiser=model.denoiser_name,
         dtype=model.dtype,
         device=model.device,
-        trust_remote_code=subject.context.options.trust_remote_code,
+        trust_remote_code=subject.context.options.trust_remote_code or needs_code(model.folder),
     )
     try:
         write_text(folder / "reproduce.py", reproduce.emit(plan, call))
     except UserError as e:
         subject.context.progress.warn(str(e))
+
+
+def needs_code(folder: Path) -> bool:
+    """Whether plain diffusers opens a model that lissom made with trust_remote_code only."""
+    made = artifact.manifest(folder)
+    return made is not None and made.opens == "remote_code"
 
 
 def _digest(plan: SamplingPlan) -> str:

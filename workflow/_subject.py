@@ -55,7 +55,9 @@ class Subject:
             offload=options.offload,
             trust_remote_code=options.trust_remote_code,
         )
-        if recipe.model_hash and recipe.model_hash != model.fingerprint:
+        if (
+            ref == recipe.model and recipe.model_hash and recipe.model_hash != model.fingerprint
+        ):  # later stages have other models
             raise UserError(
                 f"{ref}: its weights have the hash {model.fingerprint[:16]}…, the recipe is for {recipe.model_hash[:16]}…. "
                 "Use the revision that the recipe names, or remove model_hash from it."

@@ -20,6 +20,7 @@ class Options:
     memo_mib: int = 512  # memory for shared prefixes
     storage: str | None = None  # Optuna storage URL instead of the journal file
     max_time: float | None = None  # seconds after which no further candidate is started
+    push_to_hub: str | None = None  # repository that a pruned model is uploaded to, once it is complete
 
 
 class Progress(Protocol):

@@ -9,7 +9,7 @@ import yaml
 from ..core import models
 from ..core.errors import UserError
 from ..core.methods import suggest
-from ..core.recipe import Recipe, override
+from ..core.recipe import PruneStage, Recipe, override
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -30,8 +30,8 @@ def shipped(name: str) -> Path:
     return RECIPES / f"{name}.yaml"
 
 
-def recipe_text(data: dict[str, Any]) -> str:
-    """The YAML of what a command line asks for, with the model pinned to its revision and weights."""
+def recipe_text(data: dict[str, Any], verb: str) -> str:
+    """The YAML of what a command line asks for, with the model pinned to its revision and weights. verb: the command."""
     folder, ref = models.resolve(data["model"])
     pinned = {**data, "model": ref}
     if (folder / "model_index.json").is_file():
@@ -39,9 +39,14 @@ def recipe_text(data: dict[str, Any]) -> str:
         pinned["model_hash"] = models.fingerprint(folder)
     if not ref.startswith("zoo:") and Path(ref).is_dir():
         pinned["model"] = str(Path(ref).resolve())
-    order = [k for k in Recipe.model_fields if k in pinned]
-    body = yaml.safe_dump({k: pinned[k] for k in order}, sort_keys=False, allow_unicode=True, width=120)
-    return "# Written by `lissom search`; run it again with `lissom run`.\n" + body
+    body = dump(pinned)
+    return f"# Written by `lissom {verb}`; run it again with `lissom run`.\n" + body
+
+
+def dump(data: dict[str, Any]) -> str:
+    """A recipe's YAML, its keys in the usual order."""
+    order = [k for k in Recipe.model_fields if k in data]
+    return yaml.safe_dump({k: data[k] for k in order}, sort_keys=False, allow_unicode=True, width=120)
 
 
 def effective(text: str, overrides: Iterable[str]) -> str:
@@ -57,66 +62,22 @@ def effective(text: str, overrides: Iterable[str]) -> str:
 
 
 def estimate(recipe: Recipe, context: Any) -> dict[str, Any]:
-    """What the recipe's stages take at most: images, denoiser calls, and seconds by timing one batch on this machine."""
-    import math
-    import tempfile
-    import time
+    """What every stage would take and make, each as if it ran on the recipe's own model."""
+    from ._prune_estimate import estimate as prune
+    from ._search_estimate import estimate as search
 
-    from ..core.candidate import Seeds
-    from ._subject import Subject
-    from .search import check_objective, plans_of
-
-    chunk = context.options.chunk
-    stages: list[dict[str, Any]] = []
-    for stage in recipe.stages:
-        subject = Subject.load(recipe.model, context, stage.scheduler)
-        check_objective(stage, context, subject.conditions)
-        if subject.reference != "teacher":
-            with tempfile.TemporaryDirectory() as scratch:
-                subject.evaluator("report", Path(scratch))  # what cannot be scored is refused here too
-        plans = plans_of(subject, stage)
-        fixed = len(plans.fixed)
-        work = [  # (evaluations, images each)
-            (fixed + stage.trials, stage.samples),
-            (stage.rescore + 1, stage.rescore_samples),
-            (1 + fixed, recipe.evaluate.samples),
-        ]
-        images = sum(count * n for count, n in work)
-        batches = sum(count * math.ceil(n / chunk) for count, n in work)
-        plan = next(iter(plans.fixed.values()))
-        few = Seeds(role="calibrate", base=0, count=chunk)
-        list(subject.sampler.images(plan, few))  # warm up
-        before, began = subject.sampler.calls, time.monotonic()
-        for batch in subject.sampler.images(plan, few.model_copy(update={"start": chunk})):
-            if batch.pixels is not None:
-                subject.features.extract(batch.pixels)
-        seconds, calls = time.monotonic() - began, subject.sampler.calls - before
-        if subject.reference == "teacher":
-            teacher = 2 * math.ceil(recipe.evaluate.samples / chunk)
-            images += 2 * recipe.evaluate.samples
-            batches += teacher * recipe.evaluate.teacher_steps // stage.steps
-        stages.append(
-            {
-                "stage": f"search: {stage.method}",
-                "model": subject.model.ref,
-                "steps": stage.steps,
-                "trials": stage.trials,
-                "skippable_layers": len(plans.space.layers),
-                "images": images,
-                "denoiser_calls": batches * calls,
-                "seconds": round(batches * seconds),
-            }
-        )
+    stages = [
+        prune(stage, recipe.model, context) if isinstance(stage, PruneStage) else search(stage, recipe.model, context)
+        for stage in recipe.stages
+    ]
     return {"recipe": recipe.name, "stages": stages}
 
 
 def say(estimates: dict[str, Any]) -> str:
     """The estimate for people."""
-    lines = [f"{estimates['recipe']}: nothing was run. At most, without shared prefixes:"]
-    for s in estimates["stages"]:
-        minutes = s["seconds"] / 60
-        lines.append(
-            f"  {s['stage']} on {s['model']}, {s['steps']} steps, {s['trials']} candidates, {s['skippable_layers']} skippable "
-            f"layers: {s['images']:,} images, {s['denoiser_calls']:,} denoiser calls, about {minutes:.1f} minutes here"
-        )
-    return "\n".join(lines)
+    from ._prune_estimate import say as prune
+    from ._search_estimate import say as search
+
+    said = [prune(s) if s["stage"].startswith("prune") else search(s) for s in estimates["stages"]]
+    later = ["  (later stages: as if they ran on the recipe's own model)"] if len(said) > 1 else []
+    return "\n".join([f"{estimates['recipe']}: nothing was run.", *(f"  {text}" for text in said), *later])

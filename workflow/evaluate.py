@@ -1,4 +1,4 @@
-"""Score one model, with a plan or with its stock schedule; make a sheet of samples; say what can be skipped."""
+"""Score one model, with a plan or with its stock schedule; make a sheet of samples."""
 
 import json
 import math
@@ -67,37 +67,6 @@ def sample(ref: str, plan: SamplingPlan | None, steps: int | None, images: int, 
     with disk_errors(out):
         sheet(np.concatenate(made), out)
     return out
-
-
-def inspect(ref: str, context: Context) -> dict[str, Any]:
-    """Parameters and MACs of a model's denoiser, and its skippable layers."""
-    from ..core import anatomy, cost
-
-    subject = Subject.load(ref, context, painting=False)
-    with subject.asking():
-        costs = cost.measure(subject.model.pipe, {**subject.conditions.arguments(range(1)), **subject.call})
-    layers = anatomy.layers(subject.model.denoiser)
-    tables = anatomy.label_tables(subject.model.denoiser)
-    return {
-        "model": subject.model.ref,
-        "model_hash": subject.model.fingerprint,
-        "pipeline": type(subject.model.pipe).__name__,
-        "scheduler": type(subject.model.pipe.scheduler).__name__,
-        "denoiser": type(subject.model.denoiser).__name__,
-        "parameters": costs.params,
-        "label_table_parameters": tables,
-        "macs_per_step": costs.total,
-        "layers": [
-            {
-                "address": x.address,
-                "kind": x.kind,
-                "parameters": x.params,
-                "macs": costs.layers.get(x.address),
-                "removal": x.removal,
-            }
-            for x in layers
-        ],
-    }
 
 
 def estimate(

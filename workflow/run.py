@@ -13,15 +13,17 @@ from ..core import artifact
 from ..core.artifact import Artifact
 from ..core.errors import UserError, one_line
 from ..core.files import prepare, write_text
-from ..core.recipe import Recipe, read
+from ..core.recipe import Recipe, SearchStage, read, verb_of
 from ..core.store import without_password
-from . import search
+from . import prune, search
+from ._stage import Stage, stage_hash
 from .context import Context, Options, Progress
 
 # One contract for every verb: run_stage(stage, artifact_in, folder, context) -> artifact_out.
 ENVIRONMENT = "environment.json"
+KEPT = ("trials.journal", "scores.jsonl", artifact.MANIFEST)  # files that hold work
 REMEMBERED = ("device", "dtype", "offload", "chunk", "storage")  # options that `lissom run RUN_DIR` takes from the first run
-STAGES: dict[str, Callable[[Any, Artifact, Path, Context], Artifact]] = {"search": search.run_stage}
+STAGES: dict[str, Callable[[Any, Artifact, Path, Context], Artifact]] = {"search": search.run_stage, "prune": prune.run_stage}
 
 
 def run(recipe: Recipe, text: str, out: Path, context: Context, *, resume: bool, single: bool = False) -> Artifact:
@@ -58,16 +60,21 @@ def run(recipe: Recipe, text: str, out: Path, context: Context, *, resume: bool,
 def _stages(recipe: Recipe, out: Path, context: Context, single: bool) -> Artifact:
     current = Artifact(ref=recipe.model)
     for number, stage in enumerate(recipe.stages, 1):
-        verb = next(v for v in STAGES if hasattr(stage, v))
-        folder = out if single else out / f"{number:02}-{verb}-{stage.method.rpartition('.')[2]}"
+        folder = stage_folder(out, number, stage, single)
         done = artifact.manifest(folder)
-        if done is not None and done.stage == search.stage_hash(stage, current, context):
+        if done is not None and done.stage == stage_hash(stage, current, context):
             context.progress.say(f"{folder.name}: finished already")
-            current = Artifact(ref=str(folder), plan=artifact.read_plan(folder))
+            plan = artifact.read_plan(folder) if (folder / artifact.PLAN).is_file() else None
+            current = Artifact(ref=str(folder), plan=plan)
             continue
         folder.mkdir(exist_ok=True)
-        current = STAGES[verb](stage, current, folder, context)
+        current = STAGES[verb_of(stage)](stage, current, folder, context)
     return current
+
+
+def stage_folder(out: Path, number: int, stage: Stage, single: bool) -> Path:
+    """Where a stage of a run (counted from 1) leaves its files."""
+    return out if single else out / f"{number:02}-{verb_of(stage)}-{stage.method.rpartition('.')[2]}"
 
 
 def _keep_recipe(kept: Path, text: str) -> None:
@@ -84,7 +91,7 @@ def _keep_recipe(kept: Path, text: str) -> None:
 
 def _clear(out: Path, new: bool) -> None:
     """Take back what a run wrote that was refused before anything was scored."""
-    if any(out.rglob("trials.journal")):
+    if any(any(out.rglob(name)) for name in KEPT):
         return
     for name in ("recipe.yaml", ENVIRONMENT, ".lock"):
         (out / name).unlink(missing_ok=True)
@@ -105,16 +112,21 @@ def reopen(folder: Path, options: Options, progress: Progress) -> tuple[Recipe, 
 
 
 def rebuild(folder: Path, storage: str | None = None) -> list[Path]:
-    """Write every report of a run again from its stored trials; returns the HTML files."""
-    from . import _report
+    """Write every report of a run again from what it stored; returns the HTML files."""
+    from . import _prune_report, _report
 
     recipe, _ = read(folder / "recipe.yaml")
     record = _record(folder)
-    stages = [folder] if record["layout"] == "single" else sorted(p for p in folder.glob("[0-9][0-9]-search-*") if p.is_dir())
+    single = record["layout"] == "single"
     written = []
-    for place in stages:
-        stores = search.read_stores(place, _storage(record, storage), record["id"])
-        _report.write(place, stores)
+    for number, stage in enumerate(recipe.stages, 1):
+        place = stage_folder(folder, number, stage, single)
+        if not place.is_dir():
+            break
+        if isinstance(stage, SearchStage):
+            _report.write(place, search.read_stores(place, _storage(record, storage), record["id"]))
+        else:
+            _prune_report.rewrite(place)
         written.append(place / "report.html")
     if not written:
         raise UserError(f"{folder}: no stage of the recipe {recipe.name!r} has started yet. Go on with `lissom run {folder}`.")

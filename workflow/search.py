@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..core import methods, models, recipe
+from ..core import methods, recipe
 from ..core.artifact import Artifact, Manifest, save
 from ..core.candidate import Candidate, Request, SamplingPlan, Seeds, Step
 from ..core.conditions import Conditions
-from ..core.conditions import read as read_conditions
 from ..core.errors import SamplingError, UserError, one_line
 from ..core.measurement import Trial
 from ..core.recipe import SearchStage
 from ..core.store import TrialStore, identity_of
 from ._evaluator import Evaluator
+from ._stage import stage_hash
 from ._subject import Subject
 from .context import Context
 
@@ -226,25 +226,6 @@ def read_stores(folder: Path, storage: str | None, run_id: str) -> dict[str, Tri
 def _place(folder: Path, storage: str | None, run_id: str) -> tuple[str | Path, str]:
     """Where a run's studies are, and what their names begin with there: many runs share one database."""
     return (storage, f"{run_id}/{folder.resolve().name}/") if storage else (folder / "trials.journal", "")
-
-
-def stage_hash(stage: SearchStage, artifact_in: Artifact, context: Context) -> str:
-    """Everything that decides a stage's result: an equal hash means that it need not run again."""
-    import hashlib
-
-    from ..core.candidate import canonical
-
-    r = context.recipe
-    prompts = read_conditions(Path(context.file(r.prompts))) if r.prompts else None
-    parts = [
-        stage.plain(),
-        models.identity(context.path(artifact_in.ref)),
-        artifact_in.plan and artifact_in.plan.plain(),
-        r.seed,
-        r.evaluate.plain(),
-        r.call,
-    ]
-    return hashlib.sha256(canonical([*parts, prompts and prompts.hash, r.model_hash]).encode()).hexdigest()
 
 
 def check_objective(stage: SearchStage, context: Context, conditions: Conditions) -> None:

@@ -55,7 +55,7 @@ def test_the_help_of_a_method_shows_its_settings(method: str) -> None:
 def test_help_is_instant_because_nothing_heavy_is_imported() -> None:
     check = (
         "import sys; from typer.testing import CliRunner; from lissom.cli.app import app\n"
-        "for words in (['--help'], ['search', '--help'], ['search', 'autodiffusion', '--help'], ['recipes', 'list']):\n"
+        "for words in (['--help'], ['search', '--help'], ['search', 'autodiffusion', '--help'], ['prune', 'laptop', '--help'], ['recipes', 'list']):\n"
         "    assert CliRunner().invoke(app, words).exit_code == 0, words\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'optuna', 'open_clip'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -161,6 +161,7 @@ def allows(schema: dict[str, Any], data: Any) -> bool:
     if isinstance(data, list) and "items" in schema:
         return all(allows(schema["items"], item) for item in data)
     kinds: dict[str, Any] = {
+        "boolean": bool,
         "string": str,
         "integer": int,
         "number": (int, float),
@@ -192,7 +193,8 @@ def test_the_schema_takes_what_the_parser_takes_and_knows_every_methods_settings
     ):
         assert not valid(yaml.safe_load(GOOD.replace(old, new))), new
     titles = [option["title"] for option in FULL["properties"]["stages"]["items"]["anyOf"]]
-    assert titles[:-1] == [f"search: {name}" for name in methods.names("search")]
+    wanted = [[*(f"{verb}: {name}" for name in methods.names(verb)), f"{verb}: a module of your own"] for verb in recipe.VERBS]
+    assert titles == [title for each in wanted for title in each]
 
 
 SHIPPED = sorted((Path(recipe.__file__).parents[1] / "recipes").rglob("*.yaml"))

@@ -57,9 +57,9 @@ def search(
     return run(context.recipe, recipe, out, context, resume=resume, single=True)
 
 
-def pretended(self: Any, plan: SamplingPlan, seeds: Seeds, *, sheet: Path | None = None, **_: Any) -> Score:
+def pretended(self: Any, plan: SamplingPlan | None, seeds: Seeds, *, sheet: Path | None = None, **_: Any) -> Score:
     """In place of Evaluator.score: values that depend on plan and seeds alone, and no image is made."""
-    digest = hashlib.sha256((plan.canonical() + seeds.canonical()).encode()).hexdigest()
+    digest = hashlib.sha256(((plan.canonical() if plan else "stock") + seeds.canonical()).encode()).hexdigest()
     drawn = random.Random(digest)
     halves = tuple(drawn.uniform(1, 2) for _ in range(40))
     shared = {"n": seeds.count, "seeds": seeds, "replicates": halves, "features": "zoo:judge"}
@@ -67,7 +67,8 @@ def pretended(self: Any, plan: SamplingPlan, seeds: Seeds, *, sheet: Path | None
     other = Measurement(metric="accuracy", value=drawn.random(), direction="higher", **shared)
     if sheet is not None:
         write_sheet(np.zeros((4, 8, 8, 3), np.uint8), sheet)
-    return Score((found, other), calls=len(plan.steps), plain_calls=len(plan.steps), seconds=0.0)
+    calls = len(plan.steps) if plan else 2
+    return Score((found, other), calls=calls, plain_calls=calls, seconds=0.0)
 
 
 def report(folder: Path) -> dict[str, Any]:

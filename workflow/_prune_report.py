@@ -1,0 +1,175 @@
+"""From what a prune stage chose, saved and measured to report.json, report.md and report.html. Nothing is measured here."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import __version__
+from ..core.errors import UserError, one_line
+from ..core.files import write_text
+from ..core.recipe import PruneStage
+from ..report import prune_html, prune_markdown
+from ..report.prune_schema import Additivity, Latency, LayerScore, PruneReport, Size
+from ._losses import Losses
+from ._report import again, environment
+from ._subject import Subject
+
+if TYPE_CHECKING:
+    from ..core.anatomy import Layer
+    from ..core.candidate import Cut
+    from ..core.export import Saved
+    from ..core.models import Model
+    from ..prune._task import Pruned
+    from ._gauge import Gauge
+    from .prune import Job
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the stage found out, beside the method's own answer."""
+
+    before: Size
+    after: Size
+    layers: "tuple[Layer, ...]"  # that could have been cut
+    loss: float | None  # of all cuts together
+    latency: tuple[Latency, ...]
+
+
+def sizes(model: "Model", gauge: "Gauge", cuts: "tuple[Cut, ...]", saved: "Saved") -> tuple[Size, Size]:
+    """What the denoiser weighs, before and after."""
+    from ..core import export
+
+    others = model.parameters - gauge.params  # of a second denoiser, which stays as it is
+    before = Size(params=gauge.params + others, macs=gauge.macs, disk=export.disk_size(model.folder / model.denoiser_name))
+    return before, Size(params=saved.structure.params + others, macs=gauge.after(cuts)[1], disk=saved.bytes)
+
+
+def build(
+    stage: PruneStage,
+    job: "Job",
+    subject: Subject,
+    result: "Pruned",
+    saved: "Saved",
+    measured: Measured,
+    losses: Losses | None,
+    folder: Path,
+) -> PruneReport:
+    """The report of a stage, without images: those are scored later. subject: the parent."""
+    model, structure, module, scores = subject.model, saved.structure, job.module, _by_layer(result.scores)
+    return PruneReport(
+        lissom=__version__,
+        model=model.ref,
+        model_hash=model.fingerprint,
+        pipeline=type(model.pipe).__name__,
+        denoiser=structure.cls.removeprefix("Pruned"),
+        method=stage.method,
+        settings=job.config.model_dump(mode="json", exclude_none=True),
+        paper=module.Config.paper,
+        keep=None if getattr(module, "own_target", False) else stage.share,
+        of=stage.of,
+        before=measured.before,
+        after=measured.after,
+        latency=measured.latency,
+        score_label=result.label,
+        layers=tuple(_layer(layer, scores, structure.names) for layer in measured.layers),
+        cuts=result.cuts,
+        loss=measured.loss,
+        predicted_loss=result.predicted if losses is not None else None,
+        additivity=additivity(result),
+        opens_plain=structure.opens == "stock",
+        open_with=opens_with(structure.opens, stage.variant, saved.folder),
+        not_plain_because=structure.reason,
+        renamed=sum(new not in (None, old) for old, new in structure.names.items()),
+        reload_difference=saved.difference,
+        calibration=_calibration(stage, subject, losses),
+        spent=_spent(losses),
+        command=again(folder, subject.context.options),
+        environment=environment(model.device, model.dtype),
+    )
+
+
+def write(folder: Path, report: PruneReport) -> None:
+    """Write report.json, report.md and report.html."""
+    write_text(folder / "report.json", report.model_dump_json(indent=2) + "\n")
+    write_text(folder / "report.md", prune_markdown.render(report))
+    write_text(folder / "report.html", prune_html.render(report, folder))
+
+
+def rewrite(folder: Path) -> None:
+    """Write the Markdown and the HTML page again from report.json. UserError while there is none."""
+    path = folder / "report.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: the stage is not finished, so there is nothing to report yet. Go on with --resume.")
+    try:
+        report = PruneReport.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{path}: not a report of this version ({one_line(e)}). Run the stage again.") from e
+    write(folder, report)
+
+
+def opens_with(opens: str, variant: str | None, folder: Path) -> str:
+    """Python that opens the model where lissom is not installed."""
+    options = [f'"{folder.as_posix()}"', *([f'variant="{variant}"'] if variant else [])]
+    if opens != "stock":
+        options.append("trust_remote_code=True")
+    return f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({', '.join(options)})"
+
+
+def _by_layer(scores: dict[str, float]) -> dict[str, float]:
+    """Scores of options by the layers that they cut: layers that only go together have the score of all of them.
+
+    >>> _by_layer({"a": 1.0, "b (replace)": 2.0, "c + d": 3.0})
+    {'a': 1.0, 'b': 2.0, 'c': 3.0, 'd': 3.0}
+    """
+    return {part.partition(" ")[0]: score for name, score in scores.items() for part in name.split(" + ")}
+
+
+def _layer(layer: "Layer", scores: dict[str, float], names: dict[str, str | None]) -> LayerScore:
+    gone = any(new is None and (layer.address == a or layer.address.startswith(a + ".")) for a, new in names.items())
+    return LayerScore(
+        address=layer.address,
+        kind=layer.kind,
+        params=layer.freed,
+        macs=layer.macs,
+        score=scores.get(layer.address),
+        cut=gone,
+    )
+
+
+def additivity(result: "Pruned") -> Additivity | None:
+    """Spearman's correlation of sums and losses, and how much larger the losses are; None where there is nothing to compare."""
+    from statistics import median
+
+    from scipy.stats import spearmanr
+
+    found = result.additivity
+    pairs = [(s, real) for s, real in zip(found.sums, found.losses, strict=True) if s > 0] if found else []
+    if len({s for s, _ in pairs}) < 3:  # of fewer there is no order
+        return None
+    sums, reals = zip(*pairs, strict=True)
+    rank = float(spearmanr(sums, reals).statistic)
+    if math.isnan(rank):  # all losses alike
+        return None
+    return Additivity(sums=sums, losses=reals, rank_correlation=rank, ratio=median(real / s for s, real in pairs))
+
+
+def _calibration(stage: PruneStage, subject: Subject, losses: Losses | None) -> dict[str, object]:
+    if losses is None:
+        return {}
+    images = sum(len(call.images) for call in losses.inputs)
+    levels = ", ".join(f"{t:g}" for t in sorted({call.timestep for call in losses.inputs}, reverse=True))
+    source = "the model's own trajectories" if stage.data in (None, "teacher") else stage.data
+    seed = subject.context.recipe.seed
+    return {"images": images, "from": source, "timesteps": levels, "seeds": f"calibrate, base {seed}"}
+
+
+def _spent(losses: Losses | None) -> dict[str, float]:
+    """Of this session: what was found in the folder took nothing."""
+    if losses is None or not losses.cuts_scored:
+        return {}
+    return {
+        "losses_measured": float(losses.cuts_scored),
+        "seconds_for_losses": losses.seconds,
+        "forwards_per_loss": losses.seconds / losses.whole_seconds,
+    }

@@ -1,0 +1,97 @@
+"""The pruned model's folder: saved and verified, with its line of descent, its card, and an upload where one was asked for."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..core import artifact, export
+from ..core.artifact import Ancestor, Artifact, Manifest
+from ..core.candidate import Cut, SamplingPlan, Step
+from ..core.errors import MissingOffline, one_line
+from ..core.files import write_text
+from ..core.models import Model
+from ..core.recipe import PruneStage
+from ..report import model_card
+from ..report.prune_schema import PruneReport
+
+if TYPE_CHECKING:
+    from ..core.export import Saved
+    from .prune import Made
+
+CARD = "README.md"
+
+
+def save(stage: PruneStage, model: Model, cuts: tuple[Cut, ...], probe: dict[str, Any], folder: Path) -> "Saved":
+    """Write folder/model and verify it in a fresh process. The manifest is completed when everything is measured."""
+    parent = artifact.manifest(model.folder)
+    parent = parent if parent is not None and parent.opens else None
+    before = (*parent.chain, Ancestor(parent=parent.parent, model_hash=parent.model_hash, cuts=parent.cuts)) if parent else ()
+    record = Manifest(
+        parent=model.ref,
+        model_hash=model.fingerprint,
+        stage="not measured yet",
+        made_by=stage.plain(),
+        versions={"lissom": __version__},
+        cuts=cuts,
+        license=license_of(model.folder).get("license", ""),
+        chain=before,
+    )
+    return export.save(
+        model,
+        cuts,
+        folder / artifact.MODEL,
+        probe,
+        manifest=record.plain(),
+        plain_only=stage.require_plain_load,
+        dtype=stage.save_dtype,
+        variant=stage.variant,
+        shard=stage.shard_size,
+    )
+
+
+def finish(folder: Path, report: PruneReport, made: "Made", stage: str) -> Artifact:
+    """Write card and manifests; the stage's own comes last, and says that it is complete. stage: its hash."""
+    written = artifact.manifest(made.folder)
+    assert written is not None  # by `save`
+    measurements = next((s.measurements for s in report.scored if s.name == "after"), ())
+    final = written.model_copy(update={"measurements": measurements, "stage": stage})
+    write_text(made.folder / CARD, model_card.render(report, made.license, origin=made.origin))
+    artifact.save(made.folder, final, made.plan)
+    artifact.save(folder, final, made.plan)
+    return Artifact(ref=str(folder), plan=made.plan)
+
+
+def moved_plan(plan: SamplingPlan, names: dict[str, str | None]) -> SamplingPlan:
+    """A plan of the parent on the smaller model: layers to skip under their new names, those that are gone left out."""
+
+    def skips(step: Step) -> tuple[str, ...]:
+        return tuple(sorted(new for a in step.skip if (new := artifact.renamed(a, names)) is not None))
+
+    steps = tuple(step.model_copy(update={"skip": skips(step)}) for step in plan.steps)
+    return plan.model_copy(update={"steps": steps})
+
+
+def license_of(folder: Path) -> dict[str, str]:
+    """The licence lines of a model's card: license, license_name, license_link; nothing where the card says nothing."""
+    path = folder / CARD
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    lines = (re.match(r"(license(?:_name|_link)?):\s*(\S.*)", line) for line in (head[1] if head else "").splitlines())
+    return {m[1]: m[2].strip().strip("\"'") for m in lines if m}
+
+
+def push(folder: Path, repository: str, progress: Any) -> None:
+    """Upload the model as a private repository. Only ever called when it was asked for."""
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True, private=True)
+        api.upload_folder(folder_path=folder, repo_id=repository)
+    except Exception as e:  # hub, HTTP and connection errors share no base class
+        raise MissingOffline(
+            f"--push-to-hub {repository}: the hub did not take it ({one_line(e)}). The model is complete in {folder}; "
+            "log in with `hf auth login` and upload it with `hf upload`."
+        ) from e
+    progress.say(f"{repository}: uploaded (private)")

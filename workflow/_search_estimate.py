@@ -1,0 +1,63 @@
+"""What a search would take: images, denoiser calls, and seconds by timing one batch on this machine."""
+
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from ..core.candidate import Seeds
+from ..core.recipe import SearchStage
+from ._subject import Subject
+from .context import Context
+from .search import check_objective, plans_of
+
+
+def estimate(stage: SearchStage, ref: str, context: Context) -> dict[str, Any]:
+    """At most, without shared prefixes."""
+    chunk, evaluate = context.options.chunk, context.recipe.evaluate
+    subject = Subject.load(ref, context, stage.scheduler)
+    check_objective(stage, context, subject.conditions)
+    if subject.reference != "teacher":
+        with tempfile.TemporaryDirectory() as scratch:
+            subject.evaluator("report", Path(scratch))  # what cannot be scored is refused here too
+    plans = plans_of(subject, stage)
+    fixed = len(plans.fixed)
+    work = [  # (evaluations, images each)
+        (fixed + stage.trials, stage.samples),
+        (stage.rescore + 1, stage.rescore_samples),
+        (1 + fixed, evaluate.samples),
+    ]
+    images = sum(count * n for count, n in work)
+    batches = sum(count * math.ceil(n / chunk) for count, n in work)
+    plan = next(iter(plans.fixed.values()))
+    few = Seeds(role="calibrate", base=0, count=chunk)
+    list(subject.sampler.images(plan, few))  # warm up
+    before, began = subject.sampler.calls, time.monotonic()
+    for batch in subject.sampler.images(plan, few.model_copy(update={"start": chunk})):
+        if batch.pixels is not None:
+            subject.features.extract(batch.pixels)
+    seconds, calls = time.monotonic() - began, subject.sampler.calls - before
+    if subject.reference == "teacher":
+        teacher = 2 * math.ceil(evaluate.samples / chunk)
+        images += 2 * evaluate.samples
+        batches += teacher * evaluate.teacher_steps // stage.steps
+    return {
+        "stage": f"search: {stage.method}",
+        "model": subject.model.ref,
+        "steps": stage.steps,
+        "trials": stage.trials,
+        "skippable_layers": len(plans.space.layers),
+        "images": images,
+        "denoiser_calls": batches * calls,
+        "seconds": round(batches * seconds),
+    }
+
+
+def say(found: dict[str, Any]) -> str:
+    """The estimate for people."""
+    return (
+        f"{found['stage']} on {found['model']}, {found['steps']} steps, {found['trials']} candidates, "
+        f"{found['skippable_layers']} skippable layers: at most {found['images']:,} images and {found['denoiser_calls']:,} "
+        f"denoiser calls, without shared prefixes about {found['seconds'] / 60:.1f} minutes here"
+    )
