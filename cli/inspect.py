@@ -68,10 +68,10 @@ def _show(found: dict[str, Any], every: bool) -> None:
 def _list(found: dict[str, Any]) -> None:
     """Every layer, and which cuts go together."""
     width = max((len(layer["address"]) for layer in found["layers"]), default=0)
-    print(f"{'address':{width}}  {'kind':17} {'parameters':>13} {'freed by a cut':>15} {'MACs':>17}  cut alone")
+    print(f"{'address':{width}}  {'kind':17} {'leaves':9} {'parameters':>13} {'freed by a cut':>15} {'MACs':>17}  cut alone")
     for layer in found["layers"]:
         print(
-            f"{layer['address']:{width}}  {layer['kind']:17} {layer['parameters']:>13,} {layer['freed']:>15,} "
+            f"{layer['address']:{width}}  {layer['kind']:17} {layer['removal']:9} {layer['parameters']:>13,} {layer['freed']:>15,} "
             f"{layer['macs'] or 0:>17,}  {'plain' if layer['opens'] == 'stock' else 'remote code'}"
         )
     if found["together"]:

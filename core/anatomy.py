@@ -71,14 +71,9 @@ def traced(denoiser: nn.Module, forward: Callable[[], Any]) -> list[Layer]:
     forward: runs the denoiser once on any input, in eval mode.
     """
     denoiser = uncompiled(denoiser)
-    listed = [layer.address for layer in layers(denoiser)]
     found: dict[str, Layer] = {}
     hooks = []
-    for address, module in _entries(denoiser):
-        if any(address == k or address.startswith(k + ".") for k in listed) or isinstance(module, Absent):
-            continue
-        if any(k.startswith(address + ".") for k in listed):  # a container of known layers, such as a stage of a U-Net
-            continue
+    for address, module in unlisted(denoiser):
 
         def watch(module: Any, args: Any, kwargs: Any, output: Any, address: str = address) -> None:
             returns = _passed(module, args, kwargs, output)
@@ -95,6 +90,18 @@ def traced(denoiser: nn.Module, forward: Callable[[], Any]) -> list[Layer]:
         for hook in hooks:
             hook.remove()
     return [layer for a, layer in found.items() if not any(a.startswith(b + ".") for b in found)]
+
+
+def unlisted(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Entries of lists of modules, with addresses, that `layers` does not explain: neither in a listed layer, nor around one."""
+    denoiser = uncompiled(denoiser)
+    listed = [layer.address for layer in layers(denoiser)]
+    return [
+        (address, module)
+        for address, module in _entries(denoiser)
+        if not isinstance(module, Absent)
+        and not any(address == k or address.startswith(k + ".") or k.startswith(address + ".") for k in listed)
+    ]
 
 
 def uncompiled(denoiser: nn.Module) -> nn.Module:
@@ -191,9 +198,9 @@ def _stays(layer: Any, address: str) -> nn.Module | None:
 
 
 def _entries(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Entries of lists of modules that are more than one operator, with their addresses."""
+    """Entries of lists of modules that are more than one operator, with their addresses. Samplers change sizes: not they."""
     for name, group in denoiser.named_modules():
-        if isinstance(group, nn.ModuleList):
+        if isinstance(group, nn.ModuleList) and not name.endswith("samplers"):
             for i, module in enumerate(group):
                 if any(True for _ in module.children()) and _size(module):
                     yield f"{name}.{i}" if name else str(i), module

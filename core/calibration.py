@@ -33,6 +33,18 @@ class Inputs:
     images: range  # indices within the calibration seeds
     timestep: float  # as the scheduler holds it
 
+    def part(self, start: int, stop: int) -> "Inputs":
+        """Some rows of the call, which are as good as a call of their own: nothing in a denoiser mixes images."""
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[start:stop] if value.ndim and len(value) == self.rows else value
+            if isinstance(value, dict):
+                return {k: cut(v) for k, v in value.items()}
+            return [cut(v) for v in value] if isinstance(value, list) else value
+
+        return replace(self, kwargs=cut(self.kwargs), rows=stop - start)
+
     @property
     def sample(self) -> str:
         """The name of the argument that holds the noised samples."""
@@ -59,7 +71,11 @@ def record(sampler: Sampler, count: int, times: int, seed: int) -> list[Inputs]:
     Seeds are those of the role `calibrate`. A trajectory ends with the call that is wanted. Raises SamplingError when one
     cannot be made.
     """
-    return [call for part, block in _parts(count, times) for call in _record(sampler, block, part, seed)]
+    calls = []
+    for part, block in _parts(count, times):
+        for start in range(block.start, block.stop, sampler.chunk):
+            calls += _record(sampler, range(start, min(start + sampler.chunk, block.stop)), part, seed)
+    return calls
 
 
 def first(sampler: Sampler, seed: int) -> Inputs:
@@ -172,8 +188,13 @@ def _encoded(pipe: Any, images: Sequence[Tensor], like: Tensor) -> Tensor:
             clean = batch.mean(1, keepdim=True) if like.shape[1] == 1 else batch
         else:
             grey = vae.config.in_channels == 1
-            first = next(vae.parameters())
-            found = vae.encode((batch.mean(1, keepdim=True) if grey else batch).to(first.device, first.dtype))
+            device = getattr(pipe, "_execution_device", next(vae.parameters()).device)
+            given = vae.dtype
+            if given == torch.float16 and getattr(vae.config, "force_upcast", False):  # SDXL's overflows, as in its pipelines
+                vae.to(torch.float32)
+            found = vae.encode((batch.mean(1, keepdim=True) if grey else batch).to(device, vae.dtype))
+            if vae.dtype != given:
+                vae.to(given)
             mean = found.latent_dist.mean if hasattr(found, "latent_dist") else found.latent
             clean = (mean - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
     if clean.shape[1:] != like.shape[1:]:

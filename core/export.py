@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import reload_check, standins, stock, surgery, weights
+from . import opening, reload_check, standins, stock, surgery, weights
 from .anatomy import uncompiled
 from .artifact import MANIFEST, PLAN, renamed
 from .candidate import Cut
@@ -30,11 +30,12 @@ from .files import disk_errors, write_text
 from .models import PICKLES, Model
 from .stock import Part, Stock
 
-# Differences of outputs, relative to their largest, that are none of the weights. The fresh process holds the same numbers:
-SAME = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2}
-ON_CARD = 1e-3  # in float32 on a graphics card, whose convolutions round to TF32
-ROUNDED = 5e-2  # where its numbers were rounded in another order
-ELSEWHERE = 2e-2  # where the graphics card had no room for a second model, and the CPU computed the other output
+# Differences of outputs, relative to their largest, that are none of the weights. They tell apart rounding and a wrong weight
+# only as far as they are tight. Where the fresh process holds the same numbers on the same device, by the type computed in:
+SAME = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2}  # on a graphics card too: neither process uses TF32
+ROUNDED = 5e-2  # float16 by way of bfloat16 or the reverse: its numbers were rounded in another order. On any device
+ELSEWHERE = 2e-2  # at least this where the card had no room for a second model, and the CPU computed the other output. Any type
+KILLED = (-9, 128 + 9)  # exit statuses of a process that the system ended, mostly for its memory
 OWN = ("model_index.json", "README.md", MANIFEST, PLAN)  # files of the top folder that are written anew
 
 
@@ -60,6 +61,7 @@ class Saved:
     folder: Path
     bytes: int  # of the denoiser's weight files
     difference: float  # of outputs, relative to their largest, between memory and a fresh process
+    variant: str | None  # that `DiffusionPipeline.from_pretrained` needs to find the weights; None: none
 
 
 def structure(denoiser: nn.Module, cuts: Sequence[Cut], *, plain_only: bool = False) -> Structure:
@@ -104,6 +106,19 @@ def module_text(base: str) -> str:
     return f"{head}{body}\n\nfrom diffusers import {base}  # noqa: E402\n\nPruned{base} = pruned({base})\n"
 
 
+def check(model: Model, folder: Path) -> None:
+    """UserError where `save` would refuse this model or this folder whatever the cuts. Costs nothing, so ask before any work."""
+    stock.base_class(uncompiled(model.denoiser))
+    if folder.resolve() in (parent := model.folder.resolve(), *parent.parents):
+        raise UserError(f"{folder}: is the model that is cut, or holds it. Choose another --out folder.")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file. Choose another --out folder.")
+    if folder.is_dir() and not (folder / MANIFEST).is_file() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder}: holds files but no {MANIFEST}, so that it is not replaced. Move it, or choose another --out."
+        )
+
+
 def save(
     model: Model,
     cuts: Sequence[Cut],
@@ -121,37 +136,54 @@ def save(
     probe: keyword arguments of one forward of the denoiser, to compare outputs on. manifest: fields of lissom.json that the
     caller knows. dtype: of the saved weights (float32, float16, bfloat16), None: as in the parent's files.
     """
-    if folder.resolve() == model.folder.resolve():
-        raise UserError(f"{folder}: is the model that is cut. Choose another --out folder.")
+    check(model, folder)
     denoiser, source = uncompiled(model.denoiser), model.folder / model.denoiser_name
     plan = structure(denoiser, cuts, plain_only=plain_only)
     if variant is None and dtype is None:
         variant = weights.variant_of(source)  # other components carry it too: one call has to open them all
     arguments = {k: v for k, v in probe.items() if k != "return_dict"}
     as_saved = weights.rounded(denoiser, weights.DTYPES[dtype]) if dtype else nullcontext()
-    with surgery.applied(denoiser, cuts), as_saved, torch.no_grad():
+    with surgery.applied(denoiser, cuts), as_saved, reload_check.without_tf32(), torch.no_grad():
         expected = denoiser(**arguments, return_dict=False)[0]
     if not bool(torch.isfinite(expected).all()):
         raise UserError("the cut model's output holds NaN or infinity, so it was not saved. Cut other layers.")
     partial = folder.with_name(f".{folder.name}.partial")  # one name: what a killed process left is cleared by the next
     shutil.rmtree(partial, ignore_errors=True)
+    before = folder.with_name(f".{folder.name}.before")
+    _restore(before, folder)
     try:
         with disk_errors(folder):
             size = _write(model, plan, partial, dtype, variant, shard)
             record = {**manifest, "opens": plan.opens, "component": model.denoiser_name, "names": plan.names}
             write_text(partial / MANIFEST, json.dumps(record, sort_keys=True, indent=2) + "\n")
         difference = _verify(partial, model, plan, arguments, expected, dtype)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
+        needed = _variant_of_all(partial)
+        with disk_errors(folder):
+            if folder.exists():
+                os.replace(folder, before)
+            os.replace(partial, folder)
     finally:
+        _restore(before, folder)
         shutil.rmtree(partial, ignore_errors=True)
-    return Saved(plan, folder, size, difference)
+    return Saved(plan, folder, size, difference, needed)
 
 
 def disk_size(folder: Path) -> int:
     """Bytes of a component's weight files."""
     return sum(file.stat().st_size for file in weights.files_of(folder))
+
+
+def _variant_of_all(folder: Path) -> str | None:
+    """The variant that one call needs to open all components of a pipeline: that of the first which has one."""
+    parts = sorted(p for p in folder.iterdir() if p.is_dir())
+    return next(filter(None, map(weights.variant_of, parts)), None)
+
+
+def _restore(before: Path, folder: Path) -> None:
+    """Put an earlier model back that was set aside for one that did not come, or remove it if that one is there."""
+    if before.exists() and not folder.exists():
+        os.replace(before, folder)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _whereabouts(target: nn.Module, before: dict[int, str], cuts: Sequence[Cut]) -> dict[str, str]:
@@ -182,10 +214,10 @@ def _write(model: Model, plan: Structure, folder: Path, dtype: str | None, varia
     for source in sorted(model.folder.iterdir()):
         if source.is_dir() and source.name != name and isinstance(index.get(source.name), list):
             for path in (p for p in sorted(source.rglob("*")) if p.is_file() and p.suffix not in PICKLES):
-                _place(path, folder / path.relative_to(model.folder))
+                opening.place(path, folder / path.relative_to(model.folder))
         # Weights beside the components are the parent's in one file, for other programs.
         elif source.is_file() and source.name not in OWN and source.suffix not in (".safetensors", *PICKLES):
-            _place(source, folder / source.name)
+            opening.place(source, folder / source.name)
     target = folder / name
     target.mkdir()
     before = json.loads((model.folder / name / "config.json").read_text(encoding="utf-8"))
@@ -205,27 +237,17 @@ def _write(model: Model, plan: Structure, folder: Path, dtype: str | None, varia
         return weights.write(plan.sources, reader, target, dtype=chosen, variant=variant, shard=shard)
 
 
-def _place(source: Path, target: Path) -> None:
-    """Weights are linked: writers replace them. Small files are copied: writers open them and would change the parent's too."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    real = source.resolve()  # a hub's snapshot is made of links into its cache
-    if source.suffix == ".safetensors":
-        try:
-            return os.link(real, target)
-        except OSError:  # another disk, or one without hard links
-            pass
-    shutil.copyfile(real, target)
-
-
 def _verify(
     folder: Path, model: Model, plan: Structure, arguments: dict[str, Any], expected: torch.Tensor, dtype: str | None
 ) -> float:
-    """Open the folder in a fresh process and compare. Returns the difference of outputs, relative to their largest."""
+    """Open the folder in a fresh process and compare. Returns the difference of outputs, relative to their largest.
+
+    How much may differ: `_limit`. UserError for more, for other weights than its config asks for, and where it needs lissom.
+    """
     from safetensors.torch import save_file
 
     tensors = {"out": expected.float().cpu().contiguous()}
     given = _parted(arguments, tensors)
-    parts = sorted(p for p in folder.iterdir() if p.is_dir())
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "probe.safetensors"
         save_file(tensors, file)
@@ -233,7 +255,7 @@ def _verify(
             "folder": str(folder.absolute()), "component": model.denoiser_name, "class": plan.cls, "dtype": model.dtype,
             "device": model.device, "trust": plan.code is not None, "probe": str(file), "arguments": given,
             "variant": weights.variant_of(folder / model.denoiser_name),
-            "variant_of_all": next(filter(None, map(weights.variant_of, parts)), None),
+            "variant_of_all": _variant_of_all(folder),
         }  # fmt: skip
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
         ran = subprocess.run(
@@ -245,6 +267,11 @@ def _verify(
             env=environment,
             cwd=scratch,
         )
+    if ran.returncode in KILLED:
+        raise UserError(
+            f"{folder.parent}: the fresh process that opens the saved model was killed, most likely because the memory was full. "
+            "Close other programs, or load the model with --dtype float16 or bfloat16."
+        )
     try:
         found = json.loads(ran.stdout.splitlines()[-1])
     except (ValueError, IndexError):
@@ -255,6 +282,10 @@ def _verify(
     if found["wrong"] or found["parameters"] != plan.params:
         said = found["wrong"] or f"{found['parameters']} parameters, not {plan.params}"
         raise UserError(f"{folder.parent}: the saved model does not match its config ({said}).")
+    if found["lissom"]:
+        raise UserError(
+            f"{folder.parent}: the saved model opens only where lissom is installed (it loads {found['lissom'][0]})."
+        )
     limit = _limit(model, dtype, found["device"])
     if found["difference"] is None or not found["difference"] <= limit:
         raise UserError(
@@ -265,13 +296,14 @@ def _verify(
 
 
 def _limit(model: Model, dtype: str | None, device: str) -> float:
-    """How much of the largest output may be rounding. dtype: of the saved weights; device: that the fresh process computed on."""
-    twice = (
-        dtype not in (None, "float32", model.dtype) and model.dtype != "float32"
-    )  # float16 by way of bfloat16, or the reverse
+    """How much of the largest output may be rounding. dtype: of the saved weights; device: that the fresh process computed on.
+
+    On the device of this process SAME by the type that the model computes in, or ROUNDED where the saved weights and those in
+    memory were rounded to different short types. On the CPU instead of this process's card ELSEWHERE, if that is more: a
+    smaller error than that is not found there.
+    """
+    twice = dtype not in (None, "float32", model.dtype) and model.dtype != "float32"
     limit = ROUNDED if twice else SAME[model.dtype]
-    if model.device != "cpu":
-        limit = max(limit, ON_CARD)
     return limit if device == model.device else max(limit, ELSEWHERE)
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from .conditions import Conditions
 from .conditions import read as read_conditions
 from .errors import MissingOffline, UserError, one_line
 from .methods import suggest
+from .opening import DENOISERS
 
 ZOO = Path(__file__).parent.parent / "zoo"
-DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")  # component names that diffusers uses
+# Files of a hub model that are no pipeline's to diffusers: its card and licence, what it was pruned from, its plan and settings.
+BESIDE = ("README.md", "LICENSE*", artifact.MANIFEST, artifact.PLAN, "conditions.jsonl", "call.json")
 HUB_TIMEOUT = 10.0  # seconds for the hub's first answer
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
@@ -178,15 +180,15 @@ def check_folder(folder: Path, trust_remote_code: bool = False) -> None:
             f"{index}: the pipeline {parts['_class_name']} is the model's own code, which is not run unless you pass "
             "--trust-remote-code."
         )
-    own = opening.builds_on(folder)
+    own = opening.own_code(folder, parts)  # lissom opens its own without that file
     for name, entry in parts.items():
         if name.startswith("_") or not isinstance(entry, list) or not entry or entry[0] is None:
             continue
         part = folder / name
         if not part.is_dir() or not any(part.iterdir()):
             raise UserError(f"{part}: missing, although model_index.json names it. The folder is partial: fetch it again.")
-        code = [p for p in part.glob("*.py")]
-        if code and not trust_remote_code and not (own and name == own.component):  # lissom opens its own without that file
+        code = sorted(p for p in part.rglob("*.py") if p != own)
+        if code and not trust_remote_code:
             raise UserError(
                 f"{code[0]}: the model comes with its own code, which is not run unless you pass --trust-remote-code."
             )
@@ -258,7 +260,19 @@ def _hub(ref: str, trust_remote_code: bool) -> tuple[Path, str]:
             "Put a copy on this machine and name its folder, or try again with a connection."
         ) from e
     folder = Path(path)
-    return folder, f"{name}@{folder.name if folder.parent.name == 'snapshots' else revision or 'main'}"
+    pinned = folder.name if folder.parent.name == "snapshots" else revision or "main"
+    if trouble is None:
+        with _silent(diffusers):
+            _fetch_beside(name, pinned)
+    return folder, f"{name}@{pinned}"
+
+
+def _fetch_beside(name: str, revision: str) -> None:
+    """Put what `DiffusionPipeline.download` leaves out into the same snapshot, where the hub has it."""
+    import huggingface_hub
+
+    with suppress(Exception):  # hub, HTTP and connection errors share no base class; the model runs without these files
+        huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(BESIDE))
 
 
 def _unreachable(name: str, revision: str | None) -> Exception | None:

@@ -54,18 +54,16 @@ class OutputLoss:
         """(sum of squared differences of every option, elements of the output) on one call."""
         outputs = self.outputs(call, options)
         whole = next(outputs)
-        return [float((out.double() - whole.double()).square().sum()) for out in outputs], whole.numel()
+        return [_squares(out, whole) for out in outputs], whole.numel()
 
     def outputs(self, call: Inputs, options: Sequence[Sequence[Cut]]) -> Iterator[Tensor]:
         """What the whole denoiser predicts on a call, then what it predicts with each option's cuts."""
         target = uncompiled(self.denoiser)
         began = self._now()
-        whole = call(target)
-        plain_seconds = self._now() - began
-        yield whole
         with _taped(_parts(target, options) if self.reuse else {}) as tape:
-            if self.reuse:
-                tape.record(lambda: call(target))
+            whole = tape.record(lambda: call(target))
+            plain_seconds = self._now() - began
+            yield whole
             for cuts in options:
                 with surgery.applied(target, cuts):
                     began = self._now()
@@ -91,12 +89,13 @@ class _Tape:
         self.at: int | None = None  # the next call; None while the tape stands still
         self.recording = self.copying = False
 
-    def record(self, forward: Callable[[], Tensor]) -> None:
-        """Keep what the parts return. If a later layer writes into it, keep copies, which takes a second forward."""
-        self._run(forward)
+    def record(self, forward: Callable[[], Tensor]) -> Tensor:
+        """Run a forward and keep what the parts return. If a later layer writes into it, keep copies: a second forward."""
+        whole = self._run(forward)
         if any(_versions(output) != versions for _, output, versions in self.kept):
             self.copying = True
-            self._run(forward)
+            whole = self._run(forward)
+        return whole
 
     def replay(self, forward: Callable[[], Tensor], there: set[int]) -> Tensor:
         """A forward that answers every part before the first one that is gone. there: ids of the modules that are left."""
@@ -120,10 +119,10 @@ class _Tape:
         self.at += 1
         return _copy(output) if self.copying else output
 
-    def _run(self, forward: Callable[[], Tensor]) -> None:
+    def _run(self, forward: Callable[[], Tensor]) -> Tensor:
         self.kept, self.recording = [], True
         try:
-            forward()
+            return forward()
         finally:
             self.recording = False
 
@@ -172,6 +171,11 @@ def _parts(denoiser: nn.Module, options: Sequence[Sequence[Cut]]) -> dict[str, n
         parts[address] = module
         seen.add(id(module))
     return parts
+
+
+def _squares(out: Tensor, whole: Tensor) -> float:
+    """Summed up in float64, on the CPU: not every device has it."""
+    return float((out.float() - whole.float()).cpu().double().square().sum())
 
 
 def _versions(output: Any) -> list[int]:

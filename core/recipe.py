@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -71,7 +71,10 @@ class PruneStage(Data):
     require_plain_load: bool = False  # only cuts that a stock config expresses: no trust_remote_code is ever needed
     measure: bool = True  # score the model before and after, where there are prompts and features
     steps: int | None = Field(default=None, ge=1)  # solver steps of the images that are scored; the pipeline's default
-    latency_batches: tuple[int, ...] = (1, 64)  # batches at which one call of the denoiser is timed; [] for none
+    latency_batches: tuple[Annotated[int, Field(ge=1)], ...] = (
+        1,
+        64,
+    )  # batches at which one call of the denoiser is timed; [] for none
     save_dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of the saved weights; the parent's by default
     variant: str | None = Field(default=None, pattern=r"^\w+$")  # in the names of the weight files, e.g. fp16
     shard_size: str = Field(default="5GB", pattern=r"^\d+(MB|GB)$")  # of a weight file at most

@@ -7,6 +7,8 @@ one JSON object.
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,13 +49,27 @@ def compared(model: Any, arguments: dict[str, Any], held: dict[str, torch.Tensor
     """How far the model's output is from the expected one, relative to its largest, and the device that it was computed on."""
     expected = held["out"].float()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_tf32():
             out = model.to(device).eval()(**joined(arguments, held, device), return_dict=False)[0].float().cpu()
     except torch.OutOfMemoryError:  # the model that was cut may still fill the graphics card
         if device == "cpu":
             raise
         return compared(model, arguments, held, "cpu")
     return float((out - expected).abs().max() / expected.abs().max().clamp(min=1e-12)), device
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Inside, float32 is float32 on a graphics card too: convolutions use TF32 unless told, which hides small errors."""
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = False
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.allow_tf32 = value
 
 
 def joined(value: dict[str, Any], tensors: dict[str, torch.Tensor], device: str) -> Any:

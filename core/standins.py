@@ -124,14 +124,28 @@ def emptied(layer: Any) -> Any:
 
     Unlike Absent it keeps norm and projections, and a stock config can express it.
     """
-    empty = copy.copy(layer)
+    empty = _unhooked(copy.copy(layer))
     empty._modules = dict(layer._modules)
     empty.transformer_blocks = nn.ModuleList()
-    empty.proj_out = copy.deepcopy(layer.proj_out).requires_grad_(False)
-    for p in empty.proj_out.parameters():
-        if not p.is_meta:
-            p.zero_()
+    # A hook is not copied: under sequential offload it holds all weights of the model.
+    hooks = [m._hf_hook for m in layer.proj_out.modules() if hasattr(m, "_hf_hook")]
+    empty.proj_out = copy.deepcopy(layer.proj_out, {id(hook): hook for hook in hooks}).requires_grad_(False)
+    for module in empty.proj_out.modules():
+        computes_on = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        _unhooked(module)
+        for name, p in module.named_parameters(recurse=False):
+            if not p.is_meta:
+                p.zero_()
+            elif computes_on is not None:  # the hook that would have brought the weights is gone
+                module._parameters[name] = nn.Parameter(torch.zeros_like(p, device=computes_on), requires_grad=False)
     return empty
+
+
+def _unhooked(module: Any) -> Any:
+    """A copied module without accelerate's hook: that sits on the instance, and still runs the module it was made for."""
+    for name in ("forward", "_old_forward", "_hf_hook"):
+        module.__dict__.pop(name, None)
+    return module
 
 
 def cut(denoiser: Any, cuts: Sequence[Mapping[str, Any]]) -> Callable[[], None]:

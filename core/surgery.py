@@ -44,7 +44,23 @@ def apply(denoiser: nn.Module, cuts: Sequence[Cut]) -> Callable[[], None]:
     if (misfit := skip_connections_misfit(target)) is not None:
         undo()
         raise CannotCut(f"these cuts do not fit together: {misfit}")
-    return undo
+
+    def back() -> None:
+        home = next((p.device for p in target.parameters()), None)
+        undo()
+        if home is not None and _moves_as_a_whole(target):  # what was cut meanwhile stayed where it was
+            target.to(home)
+
+    return back
+
+
+def _moves_as_a_whole(denoiser: Any) -> bool:
+    """Whether accelerate's model offload moves a denoiser: all of it or nothing, by where its first parameter is."""
+    if (hook := getattr(denoiser, "_hf_hook", None)) is None:
+        return False
+    from accelerate.hooks import CpuOffload  # type: ignore[import-untyped]
+
+    return any(isinstance(each, CpuOffload) for each in (hook, *getattr(hook, "hooks", ())))
 
 
 def skip_connections_misfit(denoiser: Any) -> str | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.candidate import Cut
 
@@ -69,11 +69,7 @@ class Task:
     spaces: tuple[Space, ...]  # every one can reach the target
     need: float  # to be saved at least
     losses: Callable[[Sequence[tuple[Cut, ...]]], list[float]]  # E|eps(cut) - eps|^2 of each, on the calibration calls
-    say: Callable[[str], None] = print
-
-    def config_of(self) -> dict[str, Any]:
-        """The denoiser's config."""
-        return dict(getattr(self.denoiser, "config", {}))
+    say: Callable[[str], None] = lambda text: None
 
 
 def enough(saved: float, need: float) -> bool:

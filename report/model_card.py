@@ -63,12 +63,12 @@ def _quality(report: PruneReport) -> list[str]:
 
 
 def _recipe(report: PruneReport) -> dict[str, object]:
-    made: dict[str, object] = {"prune": report.method, **report.settings}
-    return made if report.keep is None else {**made, "keep": report.keep, "of": report.of}
+    """A recipe that makes the model again."""
+    return {"lissom": 1, "model": report.model, "seed": report.seed, "stages": [{**report.stage, **report.settings}]}
 
 
 def _licence(report: PruneReport, license_: Mapping[str, str]) -> str:
     if not license_:
-        return f"The parent's card names no licence. Whatever holds for `{line(report.model)}` holds for this model."
+        return f"No licence was found with the parent. Whatever holds for `{line(report.model)}` holds for this model."
     said = ", ".join(line(value) for value in license_.values())
     return f"That of the parent: {said}."

@@ -67,6 +67,8 @@ class PruneReport(Data):
     method: str
     settings: dict[str, object] = Field(default_factory=dict)
     paper: str = ""
+    stage: dict[str, object] = Field(default_factory=dict)  # as in a recipe, its settings apart
+    seed: int = 0
     keep: float | None = None  # the share that was asked for; None where the method brings its own structure
     of: Literal["params", "macs", "latency"] = "params"  # what `keep` is a share of
     before: Size

@@ -9,12 +9,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..core.candidate import Cut, SamplingPlan, Seeds, canonical
+from ..core.candidate import Cut, SamplingPlan, Scheduler, Seeds, canonical
 from ..core.files import write_text
 from ..core.recipe import PruneStage
 from ..report.prune_schema import Latency, Scored
 from ..report.schema import Ratio
-from ._evaluator import SHEET, Evaluator
+from ._evaluator import Evaluator, draw_sheet
 from ._gauge import LIMIT, Gauge, times
 from ._subject import Subject
 
@@ -50,7 +50,7 @@ class Quality:
         sheet = self.folder / "samples" / f"{name}.png"
         seeds = Seeds(role="report", base=subject.context.recipe.seed, count=self.evaluate.samples)
         steps = None if plan else self.stage.steps
-        relative = str(sheet.relative_to(self.folder))
+        relative = sheet.relative_to(self.folder).as_posix()
         if not self.scores:
             self._sheet(subject, plan, seeds, steps, sheet)
             return Scored(name=name, measurements=(), sheet=relative)
@@ -61,21 +61,16 @@ class Quality:
                 score = evaluator.score(plan, seeds, steps=steps, replicates=True, sheet=sheet)
             return [m.plain() for m in score.measurements]
 
-        identity = [evaluator.id, plan and plan.plain(), seeds.plain(), steps]
+        own = Scheduler.of(subject.model.pipe.scheduler).plain()  # not in the fingerprint: a plan would hold it
+        identity = [evaluator.id, plan.plain() if plan else own, seeds.plain(), steps]
         found = kept(self.folder / f"quality-{name}.json", identity, make)
         if not sheet.is_file():
             self._sheet(subject, plan, seeds, steps, sheet)
         return Scored.model_validate({"name": name, "measurements": found, "sheet": relative})
 
     def _sheet(self, subject: Subject, plan: SamplingPlan | None, seeds: Seeds, steps: int | None, path: Path) -> None:
-        import numpy as np
-
-        from ..report.sheets import sheet
-
-        few = seeds.model_copy(update={"count": min(SHEET, seeds.count)})
         with subject.asking():
-            made = [b.pixels.numpy() for b in subject.sampler.images(plan, few, steps=steps) if b.pixels is not None]
-        sheet(np.concatenate(made), path)
+            draw_sheet(subject.sampler, plan, seeds, path, steps)
 
     def _evaluator(self, subject: Subject) -> Evaluator:
         assert self.features is not None

@@ -87,7 +87,7 @@ class Evaluator:
             if sheet is not None and sum(map(len, shown)) < SHEET:
                 shown.append(batch.pixels.numpy())
         if sheet is not None:
-            self._sheet(shown, sheet)
+            _sheet(shown, sheet)
         measurements = collector.finish(
             seeds=seeds,
             prompts_hash=self.conditions.hash,
@@ -101,15 +101,21 @@ class Evaluator:
 
     def draw_sheet(self, plan: SamplingPlan | None, seeds: Seeds, path: Path, steps: int | None = None) -> None:
         """Only the contact sheet: the first images of a seed block."""
-        few = seeds.model_copy(update={"count": min(SHEET, seeds.count)})
-        self._sheet([b.pixels.numpy() for b in self.sampler.images(plan, few, steps=steps) if b.pixels is not None], path)
+        draw_sheet(self.sampler, plan, seeds, path, steps)
 
-    def _sheet(self, shown: list[Any], path: Path) -> None:
-        import numpy as np
 
-        from ..report.sheets import sheet
+def draw_sheet(sampler: "Sampler", plan: SamplingPlan | None, seeds: Seeds, path: Path, steps: int | None = None) -> None:
+    """Write a contact sheet of the first images of a seed block."""
+    few = seeds.model_copy(update={"count": min(SHEET, seeds.count)})
+    _sheet([b.pixels.numpy() for b in sampler.images(plan, few, steps=steps) if b.pixels is not None], path)
 
-        sheet(np.concatenate(shown)[:SHEET], path)
+
+def _sheet(shown: list[Any], path: Path) -> None:
+    import numpy as np
+
+    from ..report.sheets import sheet
+
+    sheet(np.concatenate(shown)[:SHEET], path)
 
 
 def features_for(name: str | None, model: Model) -> "Features":

@@ -49,7 +49,7 @@ class Gauge:
             self.counted = self.denoiser if first.is_meta else _twin(self.denoiser)
         self.known = anatomy.layers(self.denoiser)
         self.table = self._count()
-        if not any(layer.kind == "transformer_block" or layer.kind == "resnet" for layer in self.known):
+        if anatomy.unlisted(self.denoiser) and not next(self.denoiser.parameters()).is_meta:
             self.known += anatomy.traced(self.denoiser, lambda: self.denoiser(**self.probe()))
 
     @property
@@ -145,26 +145,20 @@ def times(
     """
     import torch
 
-    def wait() -> None:
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-        elif device.startswith("mps"):
-            torch.mps.synchronize()
-
     contexts = around or [nullcontext] * len(calls)
     found: list[list[float]] = [[] for _ in calls]
     with torch.no_grad():
         for call, context in zip(calls, contexts, strict=True):
             with context():
                 call()  # warm up
-        wait()
+        _wait(device)
         began = time.monotonic()
         for turn in range(REPEATS):
             for own, call, context in zip(found, calls, contexts, strict=True):
                 with context():
                     start = time.perf_counter()
                     call()
-                    wait()
+                    _wait(device)
                     own.append(1000 * (time.perf_counter() - start))
             if turn >= 2 and time.monotonic() - began > LIMIT:
                 break
@@ -175,14 +169,11 @@ def layer_times(
     denoiser: "nn.Module", inputs: dict[str, Any], addresses: Sequence[str], device: str
 ) -> tuple[float, dict[str, float]]:
     """Milliseconds of one forward, and of each layer in it: medians over repeated calls."""
-    import torch
-
     spent: dict[str, list[float]] = {a: [] for a in addresses}
     started: dict[str, float] = {}
 
     def now() -> float:
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
+        _wait(device)
         return time.perf_counter()
 
     hooks = []
@@ -196,3 +187,13 @@ def layer_times(
         for hook in hooks:
             hook.remove()
     return statistics.median(whole), {a: statistics.median(t) for a, t in spent.items() if t}
+
+
+def _wait(device: str) -> None:
+    """Until the device has done all that it was asked for."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    elif device.startswith("mps"):
+        torch.mps.synchronize()

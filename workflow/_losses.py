@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.candidate import Cut, canonical
-from ..core.files import disk_errors
+from ..core.errors import SamplingError, UserError
+from ..core.files import disk_errors, write_text
 
 if TYPE_CHECKING:
     from ..core.calibration import Inputs
@@ -16,57 +17,85 @@ class Losses:
     """E|eps(cut) - eps|^2 per element over all recorded calls; asked twice, answered from the file."""
 
     def __init__(self, pipe: Any, inputs: "Sequence[Inputs]", path: Path, identity: str, progress: Any) -> None:
-        """identity: of everything that the losses depend on; a file of another one is begun anew."""
-        self.pipe, self.inputs, self.path, self.progress = pipe, inputs, path, progress
+        """identity: of everything that the losses depend on beside the call and the cuts. UserError where the file has another."""
+        from ..core.driving.steering import denoisers
+
+        self.denoisers = denoisers(pipe)
+        first = next(iter(self.denoisers))  # of two, the second takes over at low noise and is not cut
+        self.inputs = [call for call in inputs if call.name == first]
+        if not self.inputs:
+            raise UserError(
+                f"none of the {len(inputs)} recorded calls is of the {first}. Record more: raise times and calibration."
+            )
+        self.path, self.progress = path, progress
         self.cuts_scored = 0  # in this session, over all calls
         self.seconds = self.whole_seconds = 0.0  # spent on them; what as many forwards of the whole denoiser take
-        self._known: dict[tuple[int, str], float] = {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        if lines and lines[0] == canonical({"identity": identity}):
-            for line in lines[1:]:
-                try:
-                    call, cuts, loss = json.loads(line)
-                except ValueError:  # torn by kill -9
-                    break
-                self._known[call, cuts] = loss
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [canonical({"identity": identity}), *(json.dumps([*key, loss]) for key, loss in self._known.items())]
-            path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+        self._known: dict[tuple[str, str], float] = {}
+        self._open(canonical({"identity": identity}))
 
     def __call__(self, options: Sequence[tuple[Cut, ...]]) -> list[float]:
         """The loss of every option, each alone against the whole model."""
-        from torch import OutOfMemoryError
-
-        from ..core.driving.steering import denoisers
-        from ..core.errors import SamplingError
-        from ..core.output_loss import OutputLoss
-
         names = [canonical([cut.plain() for cut in cuts]) for cuts in options]
         self.progress.phase(f"losses of {len(options)} cuts", len(self.inputs))
-        for number, call in enumerate(self.inputs):
-            missing = [i for i, name in enumerate(names) if options[i] and (number, name) not in self._known]
+        for call in self.inputs:
+            own = _name(call)
+            missing = [i for i, name in enumerate(names) if options[i] and (own, name) not in self._known]
             if missing:
-                measured = OutputLoss(denoisers(self.pipe), [call])
-                try:
-                    found = measured.each([options[i] for i in missing])
-                except OutOfMemoryError as e:
-                    raise SamplingError(
-                        f"out of memory while losses are measured on {len(call.images)} images at once. Lower --calibration, "
-                        "or raise the number of calls (--set times=32)."
-                    ) from e
+                found = self._measured(call, [options[i] for i in missing])
                 self.cuts_scored += len(missing)
-                self.seconds += measured.seconds
-                self.whole_seconds += measured.whole_seconds
                 lines = []
                 for i, loss in zip(missing, found, strict=True):
-                    self._known[number, names[i]] = loss
-                    lines.append(json.dumps([number, names[i], loss]) + "\n")
+                    self._known[own, names[i]] = loss
+                    lines.append(json.dumps([own, names[i], loss]) + "\n")
                 with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                     file.writelines(lines)
             self.progress.advance(fresh=bool(missing))
-        rows = [call.rows for call in self.inputs]
-        return [self._mean(name, rows) if options[i] else 0.0 for i, name in enumerate(names)]
+        return [self._mean(name) if options[i] else 0.0 for i, name in enumerate(names)]
 
-    def _mean(self, name: str, rows: Sequence[int]) -> float:
-        return sum(self._known[i, name] * n for i, n in enumerate(rows)) / sum(rows)
+    def _open(self, head: str) -> None:
+        """Read what was measured before; half a line that kill -9 left goes."""
+        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        first, *lines = text.split("\n")
+        if text and first != head:
+            raise UserError(
+                f"{self.path}: holds losses that were measured under other conditions (device, dtype, chunk, prompts, data, or another "
+                "lissom). Go on as the run was started, or choose another --out."
+            )
+        for line in lines[:-1]:  # the last one is empty, or torn
+            call, cuts, loss = json.loads(line)
+            self._known[call, cuts] = loss
+        if not text.endswith("\n"):
+            write_text(self.path, "\n".join([head, *lines[:-1]]) + "\n")
+
+    def _measured(self, call: "Inputs", options: Sequence[tuple[Cut, ...]]) -> list[float]:
+        """On one call; on halves of it where memory runs out."""
+        from torch import OutOfMemoryError
+
+        from ..core.output_loss import OutputLoss
+
+        measured = OutputLoss(self.denoisers, [call])
+        try:
+            found = measured.each(options)
+        except (OutOfMemoryError, RuntimeError) as e:
+            if not isinstance(e, OutOfMemoryError) and "can't allocate memory" not in str(e):
+                raise
+            found = []
+        if not found:  # only after the frame whose traceback holds the tensors is gone
+            if call.rows == 1:
+                raise SamplingError(
+                    "out of memory while losses are measured on a single image. Use half precision, a smaller image or a larger device."
+                )
+            middle = call.rows // 2
+            one, two = (self._measured(call.part(*rows), options) for rows in ((0, middle), (middle, call.rows)))
+            return [(a * middle + b * (call.rows - middle)) / call.rows for a, b in zip(one, two, strict=True)]
+        self.seconds += measured.seconds
+        self.whole_seconds += measured.whole_seconds
+        return found
+
+    def _mean(self, name: str) -> float:
+        return sum(self._known[_name(c), name] * c.rows for c in self.inputs) / sum(c.rows for c in self.inputs)
+
+
+def _name(call: "Inputs") -> str:
+    """What tells a call from another of the same model and seed. Where memory ran out, a block of images was split."""
+    return f"{call.images.start}-{call.images.stop} at {call.timestep:.10g}"

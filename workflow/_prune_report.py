@@ -66,6 +66,8 @@ def build(
         method=stage.method,
         settings=job.config.model_dump(mode="json", exclude_none=True),
         paper=module.Config.paper,
+        stage={k: v for k, v in stage.plain().items() if k != "settings"},
+        seed=subject.context.recipe.seed,
         keep=None if getattr(module, "own_target", False) else stage.share,
         of=stage.of,
         before=measured.before,
@@ -78,7 +80,7 @@ def build(
         predicted_loss=result.predicted if losses is not None else None,
         additivity=additivity(result),
         opens_plain=structure.opens == "stock",
-        open_with=opens_with(structure.opens, stage.variant, saved.folder),
+        open_with=opens_with(structure.opens, saved.variant, saved.folder),
         not_plain_because=structure.reason,
         renamed=sum(new not in (None, old) for old, new in structure.names.items()),
         reload_difference=saved.difference,
@@ -171,5 +173,5 @@ def _spent(losses: Losses | None) -> dict[str, float]:
     return {
         "losses_measured": float(losses.cuts_scored),
         "seconds_for_losses": losses.seconds,
-        "forwards_per_loss": losses.seconds / losses.whole_seconds,
+        "forwards_per_loss": losses.seconds / max(losses.whole_seconds, 1e-9),
     }

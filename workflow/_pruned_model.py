@@ -1,6 +1,7 @@
 """The pruned model's folder: saved and verified, with its line of descent, its card, and an upload where one was asked for."""
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 CARD = "README.md"
 
 
-def save(stage: PruneStage, model: Model, cuts: tuple[Cut, ...], probe: dict[str, Any], folder: Path) -> "Saved":
+def save(stage: PruneStage, seed: int, model: Model, cuts: tuple[Cut, ...], probe: dict[str, Any], folder: Path) -> "Saved":
     """Write folder/model and verify it in a fresh process. The manifest is completed when everything is measured."""
     parent = artifact.manifest(model.folder)
     parent = parent if parent is not None and parent.opens else None
@@ -31,8 +32,8 @@ def save(stage: PruneStage, model: Model, cuts: tuple[Cut, ...], probe: dict[str
         parent=model.ref,
         model_hash=model.fingerprint,
         stage="not measured yet",
-        made_by=stage.plain(),
-        versions={"lissom": __version__},
+        made_by={**stage.plain(), "seed": seed},
+        versions={"lissom": __version__, **{name: version(name) for name in ("torch", "diffusers")}},
         cuts=cuts,
         license=license_of(model.folder).get("license", ""),
         chain=before,
@@ -82,16 +83,31 @@ def license_of(folder: Path) -> dict[str, str]:
 
 
 def push(folder: Path, repository: str, progress: Any) -> None:
-    """Upload the model as a private repository. Only ever called when it was asked for."""
+    """Upload the model, to a private repository where there is none yet. Only ever called when it was asked for."""
     from huggingface_hub import HfApi
 
     try:
         api = HfApi()
         api.create_repo(repository, exist_ok=True, private=True)
-        api.upload_folder(folder_path=folder, repo_id=repository)
+        api.upload_folder(folder_path=folder, repo_id=repository, ignore_patterns=[CARD, artifact.MANIFEST])
+        for name in (CARD, artifact.MANIFEST):
+            text = _public((folder / name).read_text(encoding="utf-8"), folder, repository)
+            api.upload_file(path_or_fileobj=text.encode(), path_in_repo=name, repo_id=repository)
+        seen = "private" if api.repo_info(repository).private else "PUBLIC, as it was before"
     except Exception as e:  # hub, HTTP and connection errors share no base class
         raise MissingOffline(
             f"--push-to-hub {repository}: the hub did not take it ({one_line(e)}). The model is complete in {folder}; "
-            "log in with `hf auth login` and upload it with `hf upload`."
+            "log in with `hf auth login` and give the command again with --resume."
         ) from e
-    progress.say(f"{repository}: uploaded (private)")
+    progress.say(f"{repository}: uploaded ({seen})")
+
+
+def _public(text: str, folder: Path, repository: str) -> str:
+    """A text without this machine's paths: the model's folder becomes its repository, others their last part."""
+    made = artifact.manifest(folder)
+    assert made is not None
+    places = {folder.as_posix(): repository, str(folder): repository, str(folder.resolve()): repository}
+    local = [ref for ref in (made.parent, *(a.parent for a in made.chain)) if Path(ref).is_absolute() or Path(ref).is_dir()]
+    for old, new in {**places, **{ref: Path(ref).name for ref in local}}.items():
+        text = text.replace(old, new)
+    return text

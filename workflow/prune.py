@@ -2,7 +2,6 @@
 
 import gc
 import hashlib
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +11,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..core import methods, recipe
+from ..core import artifact, methods, recipe
 from ..core.artifact import Artifact
 from ..core.candidate import Cut, canonical
 from ..core.errors import UserError
-from ..core.files import write_text
 from ..core.recipe import PruneStage
 from ._gauge import TEXT_TOKENS, Gauge, layer_times
 from ._losses import Losses
@@ -70,23 +68,25 @@ def run_stage(stage: PruneStage, artifact_in: Artifact, folder: Path, context: C
     report = made.report
     if made.quality.paints:
         gc.collect()  # two models of full size need not fit into memory together
-        pruned = Subject.load(str(made.folder), context, painting=False)
+        pruned = Subject.load(str(made.folder.resolve()), context, painting=False)
         report = report.model_copy(update={"scored": (*report.scored, made.quality.of("after", pruned, made.plan))})
         context.progress.advance()
     _prune_report.write(folder, report)
     result = _pruned_model.finish(folder, report, made, stage_hash(stage, artifact_in, context))
-    if context.options.push_to_hub:
-        _pruned_model.push(made.folder, context.options.push_to_hub, context.progress)
     return result
 
 
 def _make(stage: PruneStage, artifact_in: Artifact, folder: Path, context: Context) -> Made:
+    from ..core import export
     from . import _before_after, _prune_report, _pruned_model
 
     module = methods.load("prune", stage.method)
     subject = Subject.load(artifact_in.ref, context, painting=module.calibrated)
-    model, progress, gauge = subject.model, context.progress, gauge_of(subject)
-    job = job_of(stage, gauge, model.parameters - gauge.params, model.ref, model.device, folder)
+    model, progress = subject.model, context.progress
+    export.check(model, folder / artifact.MODEL)
+    gauge = gauge_of(subject)
+    job = job_of(stage, gauge, model.parameters - gauge.params, model.ref, model.device, folder, model.fingerprint)
+    plan = artifact_in.plan or (model.plan if stage.steps is None else None)  # a finished search brings its own
     quality = _before_after.Quality(subject, stage, folder)
     losses = None
     if module.calibrated:
@@ -94,7 +94,7 @@ def _make(stage: PruneStage, artifact_in: Artifact, folder: Path, context: Conte
     result = choose(job, losses, context.recipe.seed, progress)
     joint = losses([result.cuts])[0] if losses is not None and result.cuts else None
     progress.say(f"{len(result.cuts)} cuts; saving, and opening the result in a fresh process")
-    saved = _pruned_model.save(stage, model, result.cuts, gauge.probe(), folder)
+    saved = _pruned_model.save(stage, context.recipe.seed, model, result.cuts, gauge.probe(), folder)
     progress.say("timing denoiser calls before and after, in turns")
     measured = _prune_report.Measured(
         *_prune_report.sizes(model, gauge, result.cuts, saved),
@@ -105,30 +105,50 @@ def _make(stage: PruneStage, artifact_in: Artifact, folder: Path, context: Conte
     report = _prune_report.build(stage, job, subject, result, saved, measured, losses, folder)
     if quality.paints:
         progress.phase("images before and after", 2)
-        report = report.model_copy(update={"scored": (quality.of("before", subject, artifact_in.plan),)})
+        report = report.model_copy(update={"scored": (quality.of("before", subject, plan),)})
         progress.advance()
     if quality.scores:
-        steps = len(artifact_in.plan.steps) if artifact_in.plan else stage.steps or subject.default_steps
+        steps = len(plan.steps) if plan else stage.steps or subject.default_steps
         known = {"samples": quality.evaluate.samples, "steps": steps, "reference": subject.reference}
         report = report.model_copy(update=known)
-    plan = artifact_in.plan and _pruned_model.moved_plan(artifact_in.plan, saved.structure.names)
-    return Made(saved.folder, report, quality, plan, _pruned_model.license_of(model.folder), model.origin)
+    moved = plan and _pruned_model.moved_plan(plan, saved.structure.names)
+    return Made(saved.folder, report, quality, moved, _pruned_model.license_of(model.folder), model.origin)
 
 
 def gauge_of(subject: Subject) -> Gauge:
     """What weighs a loaded model: at the size and text length that its pipeline feeds it."""
     from ..core import calibration
 
+    if subject.context.options.offload == "sequential":
+        raise UserError(
+            "--offload sequential: weights are not there to be weighed between calls. Use --offload model, or none."
+        )
     with subject.asking():
         call = calibration.first(subject.sampler, subject.context.recipe.seed)
-    sample, text = call.kwargs[call.sample], call.kwargs.get("encoder_hidden_states")
-    shape = tuple(sample.shape[1:]) if sample.ndim == 4 else None
+    call = call.part(0, 1)  # one image, without guidance's second half
+    text = call.kwargs.get("encoder_hidden_states")
     tokens = text.shape[1] if text is not None and text.ndim == 3 else TEXT_TOKENS
-    return Gauge(subject.model.denoiser, latent=shape, text_tokens=tokens, fallback=lambda: call.kwargs)
+    return Gauge(subject.model.denoiser, latent=_latent(call), text_tokens=tokens, fallback=lambda: call.kwargs)
 
 
-def job_of(stage: PruneStage, gauge: Gauge, others: int, name: str, device: str, folder: Path | None) -> Job:
-    """What the stage asks of this denoiser; UserError for what cannot be met, before any work. folder: keeps measured times."""
+def _latent(call: "Inputs") -> tuple[int, int, int] | None:
+    """(C, H, W) of what the pipeline feeds its denoiser; None where it cannot be told."""
+    sample, places = call.kwargs[call.sample], call.kwargs.get("img_ids")
+    if sample.ndim == 4:
+        return sample.shape[1], sample.shape[2], sample.shape[3]
+    if places is None:
+        return None
+    rows, columns = (int(places[..., axis].max()) + 1 for axis in (1, 2))  # FLUX packs squares of 2 x 2 into one token
+    return sample.shape[2] // 4, 2 * rows, 2 * columns
+
+
+def job_of(
+    stage: PruneStage, gauge: Gauge, others: int, name: str, device: str, folder: Path | None = None, identity: str = ""
+) -> Job:
+    """What the stage asks of this denoiser; UserError for what cannot be met, before any work.
+
+    folder: keeps measured times, of the model that `identity` is a hash of.
+    """
     from ..prune import _spaces
 
     module = methods.load("prune", stage.method)
@@ -136,11 +156,13 @@ def job_of(stage: PruneStage, gauge: Gauge, others: int, name: str, device: str,
     own = getattr(module, "own_target", False)
     if own and stage.keep is not None:
         raise UserError(f"{stage.method}: brings its own structure, so that there is no keep to set. Leave keep out.")
+    if own and (stage.units or stage.include or stage.exclude):
+        raise UserError(f"{stage.method}: brings its own structure; units, include and exclude choose nothing. Leave them out.")
     if own:
         return Job(module, config, gauge, (), (), float(gauge.params + others), 0.0)
     layers = tuple(_chosen(stage, gauge, name))
     if stage.of == "latency":
-        total, table = _times(gauge, name, device, folder)
+        total, table = _times(gauge, name, device, folder, identity)
         saves = _spaces.per_layer(table, gauge.counted, lambda cuts: _inside(gauge, table, cuts))
     elif stage.of == "macs":
         total, table = float(gauge.macs), {layer.address: float(layer.macs or 0) for layer in layers}
@@ -220,20 +242,22 @@ def _within(address: str, other: str) -> bool:
     return address == other or address.startswith(other + ".")
 
 
-def _times(gauge: Gauge, name: str, device: str, folder: Path | None) -> tuple[float, dict[str, float]]:
+def _times(gauge: Gauge, name: str, device: str, folder: Path | None, identity: str) -> tuple[float, dict[str, float]]:
     """Milliseconds of the whole forward and of each layer. Measured once and kept, so that a resumed run decides alike."""
+    from ._before_after import kept
+
     first = next(gauge.denoiser.parameters())
     if first.is_meta:
         raise UserError(f"of: latency: {name} is a structure without weights; its time cannot be measured. Use params or macs.")
-    path = folder / "latency.json" if folder is not None else None
-    if path is not None and path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        return float(known["whole"]), dict(known["layers"])
-    inputs = gauge.example(1, first.device, first.dtype)
-    whole, table = layer_times(gauge.denoiser, inputs, [layer.address for layer in gauge.known], device)
-    if path is not None:
-        write_text(path, json.dumps({"batch": 1, "device": device, "whole": whole, "layers": table}, indent=1) + "\n")
-    return whole, table
+
+    def make() -> dict[str, Any]:
+        inputs = gauge.example(1, first.device, first.dtype)
+        whole, table = layer_times(gauge.denoiser, inputs, [layer.address for layer in gauge.known], device)
+        return {"batch": 1, "whole": whole, "layers": table}
+
+    conditions = [identity, gauge.latent, gauge.text_tokens, device, str(first.dtype)]
+    found = make() if folder is None else kept(folder / "latency.json", conditions, make)
+    return float(found["whole"]), dict(found["layers"])
 
 
 def _inside(gauge: Gauge, table: dict[str, float], cuts: tuple[Cut, ...]) -> float:
@@ -284,9 +308,15 @@ def _pixels(source: str, count: int, progress: Progress) -> "list[Tensor]":
 
 
 def _identity(stage: PruneStage, subject: Subject) -> str:
+    """Of everything that losses depend on, beside call and cuts."""
+    from ..core.candidate import Scheduler
+    from ..evaluate._images import Images
+
     model, options = subject.model, subject.context.options
+    given = stage.data not in (None, "teacher")
     parts = [
-        __version__, model.fingerprint, subject.conditions.hash, subject.call, subject.context.recipe.seed, stage.calibration,
-        stage.times, stage.data, model.dtype, model.device.partition(":")[0], options.chunk,
+        __version__, model.fingerprint, Scheduler.of(model.pipe.scheduler).plain(), subject.conditions.hash, subject.call,
+        subject.context.recipe.seed, stage.calibration, stage.times, model.dtype, model.device.partition(":")[0], options.chunk,
+        Images(Path(subject.context.path(str(stage.data)))).signature() if given else None,
     ]  # fmt: skip
     return hashlib.sha256(canonical(parts).encode()).hexdigest()

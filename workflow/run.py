@@ -50,7 +50,10 @@ def run(recipe: Recipe, text: str, out: Path, context: Context, *, resume: bool,
                 "storage": storage,
             }
             write_text(out / ENVIRONMENT, json.dumps(record, indent=2) + "\n")
-            return _stages(recipe, out, replace(context, run_id=record["id"]), single)
+            made = _stages(recipe, out, replace(context, run_id=record["id"]), single)
+            if context.options.push_to_hub:
+                _push(made, context)
+            return made
     except UserError:
         if empty and not context.options.storage:  # trials elsewhere belong to what is written here
             _clear(out, new)
@@ -68,8 +71,20 @@ def _stages(recipe: Recipe, out: Path, context: Context, single: bool) -> Artifa
             current = Artifact(ref=str(folder), plan=plan)
             continue
         folder.mkdir(exist_ok=True)
-        current = STAGES[verb_of(stage)](stage, current, folder, context)
+        # Seen from anywhere: a recipe's own relative paths start from its folder, not from here.
+        given = replace(current, ref=str(Path(current.ref).resolve())) if number > 1 else current
+        current = STAGES[verb_of(stage)](stage, given, folder, context)
     return current
+
+
+def _push(made: Artifact, context: Context) -> None:
+    """Upload the model of the last stage, finished now or before."""
+    from ._pruned_model import push
+
+    folder = artifact.made_model(Path(made.ref))
+    if folder is None:
+        raise UserError(f"--push-to-hub: {made.ref} holds a plan, not a model. Upload models that were pruned.")
+    push(folder, str(context.options.push_to_hub), context.progress)
 
 
 def stage_folder(out: Path, number: int, stage: Stage, single: bool) -> Path:

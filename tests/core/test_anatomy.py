@@ -201,3 +201,38 @@ def test_tracing_leaves_alone_what_is_known_and_ends_well_if_the_forward_does_no
     with pytest.raises(ZeroDivisionError):
         traced(toy, lambda: 1 // 0)
     assert not any(m._forward_hooks for m in toy.modules())
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_everything_in_known_families_is_listed(family: str) -> None:
+    assert anatomy.unlisted(tiny.denoiser(tiny.shared(family))) == []
+
+
+def test_what_classes_do_not_explain_is_traced_beside_known_layers() -> None:
+    from diffusers.models.resnet import ResnetBlock2D
+
+    class Odd(torch.nn.Module):
+        """A residual block of nobody's."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 0.1 * self.conv(x)
+
+    class Mixed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.resnets = torch.nn.ModuleList([ResnetBlock2D(in_channels=8, temb_channels=4, groups=4)])
+            self.motion = torch.nn.ModuleList([Odd(), Odd()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.motion:
+                x = layer(self.resnets[0](x, torch.zeros(1, 4)))
+            return x
+
+    net = Mixed().eval()
+    assert [a for a, _ in anatomy.unlisted(net)] == ["motion.0", "motion.1"]
+    found = anatomy.traced(net, lambda: net(torch.randn(1, 8, 4, 4)))
+    assert [(x.address, x.kind, x.returns) for x in found] == [("motion.0", "block", "x"), ("motion.1", "block", "x")]

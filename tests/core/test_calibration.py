@@ -76,6 +76,13 @@ def test_out_of_memory_halves_the_images_of_a_call(monkeypatch: pytest.MonkeyPat
     assert len({call.timestep for call in calls}) == 2 and s.chunk <= 2
 
 
+def test_a_call_is_never_larger_than_a_chunk() -> None:
+    s = sampler("dit")
+    s.chunk = 2
+    calls = calibration.record(s, count=6, times=2, seed=0)
+    assert [call.images for call in calls] == [range(2), range(2, 3), range(3, 5), range(5, 6)] and s.chunk == 2
+
+
 def pictures(count: int) -> list[torch.Tensor]:
     return [
         torch.randint(0, 255, (12, 10, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8) for i in range(count)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from lissom.core import artifact, models
 from lissom.core.candidate import SamplingPlan, Scheduler, Step
 from lissom.core.errors import MissingOffline, UserError
@@ -63,6 +64,18 @@ def own_pipeline(folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": ["pipeline", "Mine"]}))
 
 
+def own_code(folder: Path, opens: str, file: str, component: str = "unet", cls: str = "PrunedUNet2DModel") -> None:
+    """A folder that passes for a pruned model, with code in a file."""
+    made = {"parent": "here", "model_hash": "0", "stage": "0", "component": component, "opens": opens}
+    (folder / artifact.MANIFEST).write_text(json.dumps(made))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {component: ["own", cls]}))
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"_class_name": cls}))
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_text("raise SystemExit")
+
+
 def emptied(folder: Path) -> None:
     shutil.rmtree(folder / "unet")
     (folder / "unet").mkdir()
@@ -82,6 +95,22 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "config torn": (lambda f: (f / "unet" / "config.json").write_text("{"), "diffusers cannot open it"),
     "pickle in a part": (pickle_only, r"diffusion_pytorch_model\.bin: pickled weights are never read"),
     "a single pickle": (flat_pickle, r"holds only pickled weights \(model\.ckpt\)"),
+    "code in a folder of a part": (lambda f: own_code(f, "", "unet/deep/evil.py"), r"evil\.py: .*--trust-remote-code"),
+    "code of a stock model": (lambda f: own_code(f, "stock", "unet/own.py"), r"own\.py: .*--trust-remote-code"),
+    "code beside what lissom brings": (lambda f: own_code(f, "remote_code", "unet/evil.py"), r"evil\.py: .*--trust-remote"),
+    "code of another part": (lambda f: own_code(f, "remote_code", "scheduler/own.py"), r"own\.py: .*--trust-remote-code"),
+    "code of what is no denoiser": (
+        lambda f: own_code(f, "remote_code", "scheduler/own.py", component="scheduler"),
+        r"own\.py: .*--trust-remote-code",
+    ),
+    "a class that is no model": (
+        lambda f: own_code(f, "remote_code", "unet/own.py", cls="PrunedDDIMPipeline"),
+        r"config\.json: 'DDIMPipeline' is not a model class of diffusers",
+    ),
+    "a denoiser that is none": (
+        lambda f: own_code(f, "remote_code", "notes.txt", component="scheduler"),
+        r"lissom\.json: 'scheduler' is no denoiser",
+    ),
     "code in a part": (lambda f: (f / "unet" / "own.py").write_text("raise SystemExit"), r"own\.py: .*--trust-remote-code"),
     "code of the pipeline": (own_pipeline, r"\['pipeline', 'Mine'\] is the model's own code.*--trust-remote-code"),
 }
@@ -149,6 +178,41 @@ def test_offline_nothing_is_asked_and_the_exit_code_says_so(monkeypatch: pytest.
     with pytest.raises(MissingOffline, match="owner/name: not a folder here, not in the cache, .*HF_HUB_OFFLINE") as e:
         models.load("owner/name")
     assert e.value.exit_code == 5 and "\n" not in str(e.value)
+
+
+def test_what_lies_beside_a_hub_model_comes_from_the_same_revision(
+    monkeypatch: pytest.MonkeyPatch, whole: Path, tmp_path: Path
+) -> None:
+    """`DiffusionPipeline.download` leaves the card, the licence, the line of descent and the plan out."""
+    import diffusers
+    import huggingface_hub
+
+    snapshot = Path(shutil.copytree(whole, tmp_path / "snapshots" / "0123abc"))
+    asked: list[tuple[str, str, list[str]]] = []
+
+    def fetch(name: str, *, revision: str, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, allow_patterns))
+        files = ("README.md", "LICENSE.txt", "unet/README.md", "plan.json", "lissom.json", "conditions.jsonl", "call.json")
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (snapshot / file).write_text("{}")
+        return str(snapshot)
+
+    def fail(*args: object, **options: object) -> None:
+        asked.append(("", "", []))
+        raise ConnectionError("gone")
+
+    before = {p.name for p in snapshot.iterdir()}
+    monkeypatch.setattr(models, "_unreachable", lambda *args: None)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", lambda *args, **options: str(snapshot))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    assert models.resolve("owner/name") == (snapshot, "owner/name@0123abc") and len(asked) == 1
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert models.resolve("owner/name@v1") == (snapshot, "owner/name@0123abc")
+    assert asked[1][:2] == ("owner/name", "0123abc")
+    came = {"README.md", "LICENSE.txt", "plan.json", "lissom.json", "conditions.jsonl", "call.json"}
+    assert {p.name for p in snapshot.iterdir()} == before | came and not (snapshot / "unet" / "README.md").exists()
+    monkeypatch.setattr(models, "_unreachable", lambda *args: ConnectionError("offline"))
+    assert models.resolve("owner/name") == (snapshot, "owner/name@0123abc") and len(asked) == 2
 
 
 @pytest.mark.parametrize("answer", [None, b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"])

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from lissom.core import anatomy, export, standins, stock, surgery
 from lissom.core.candidate import Cut
 from lissom.core.opening import open_cut
@@ -56,6 +58,21 @@ def test_a_class_with_cuts_is_saved_and_opened_like_any_other(kind: str, tmp_pat
 
 def _lists(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_an_emptied_layer_does_not_run_the_one_it_was_copied_from(sequential: bool) -> None:
+    """accelerate sets the forward on the instance, bound to the original; sequential offload keeps the weights elsewhere."""
+    unet = cutting.sd()
+    empty = [Cut(address="mid_block.attentions.0", what="replace", value="empty")]
+    wanted, whole = cutting.cut_output(unet, empty), output(unet)
+    assert not torch.equal(wanted, whole)
+    if sequential:
+        accelerate.cpu_offload(unet, execution_device="cpu")
+    else:
+        add_hook_to_module(unet.mid_block.attentions[0], ModelHook())
+    assert torch.equal(cutting.cut_output(unet, empty), wanted)
+    assert torch.equal(output(unet), whole)
 
 
 def test_groups_of_cuts_follow_one_another() -> None:

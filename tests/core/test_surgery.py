@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from lissom.core import anatomy, blueprints, surgery
@@ -245,6 +246,27 @@ def test_pairs_of_stable_diffusion() -> None:
     }
     # What is pushed last is popped first: all other skip connections stay where they were.
     assert [v[0] for v in ways.values()] == [((1,), (0, 2)), ((0,), (0, 2)), ((0,), (1, 2)), ((0,), (1, 2))]
+
+
+def test_what_comes_back_follows_a_denoiser_that_was_offloaded() -> None:
+    """accelerate moves all that it sees at the first forward. Its device here is one that every machine has: meta."""
+    unet = cutting.sd()
+    accelerate.cpu_offload_with_hook(unet, execution_device="meta")
+    inputs = cutting.inputs(unet)
+    for _ in range(2):
+        with applied(unet, [*PAIR, *remove("mid_block")]), torch.no_grad():
+            unet(**inputs)
+        assert {p.device.type for p in unet.parameters()} == {"meta"}
+        assert unet(**inputs).sample.is_meta
+
+
+def test_without_offload_nothing_is_moved() -> None:
+    """Some parts of a denoiser may be elsewhere on purpose."""
+    unet = cutting.sd()
+    unet.mid_block.to("meta")
+    with applied(unet, remove("mid_block")):
+        output(unet)
+    assert {p.device.type for p in unet.mid_block.parameters()} == {"meta"} and not unet.conv_in.weight.is_meta
 
 
 def test_a_compiled_denoiser_is_cut_inside() -> None:

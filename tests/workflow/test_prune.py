@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,6 +186,19 @@ def test_stages_hand_on_model_and_plan(tmp_path: Path, monkeypatch: pytest.Monke
     assert again == last
 
 
+@pytest.mark.usefixtures("unverified")
+def test_a_finished_search_brings_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Evaluator, "score", small.pretended)
+    small.search(tmp_path / "searched", small.text("zoo:fashion-dit", samples=4))
+    wanted = artifact.read_plan(tmp_path / "searched")
+    stage = {k: v for k, v in QUICK.items() if k != "steps"}
+    prune(tmp_path / "run", text(stage, model=str(tmp_path / "searched")))
+    found = models.load(str(tmp_path / "run"), device="cpu").plan
+    assert found is not None and found.timesteps == wanted.timesteps and report(tmp_path / "run").steps == len(wanted.steps)
+    prune(tmp_path / "stock", text(QUICK, model=str(tmp_path / "searched")))  # steps ask for the stock schedule
+    assert models.load(str(tmp_path / "stock"), device="cpu").plan is None
+
+
 def test_moved_plan() -> None:
     steps = (Step(timestep=9, skip=("b.0", "b.2", "b.2.attn", "b.10")), Step(timestep=3))
     plan = SamplingPlan(scheduler=Scheduler(name="DDIMScheduler"), steps=steps)
@@ -202,15 +216,25 @@ def test_uploads_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         def create_repo(self, repository: str, **options: Any) -> None:
             sent.append((repository, options["private"]))
 
-        def upload_folder(self, *, folder_path: Path, repo_id: str) -> None:
-            sent.append((repo_id, sorted(p.name for p in folder_path.iterdir())))
+        def upload_folder(self, *, folder_path: Path, repo_id: str, ignore_patterns: list[str]) -> None:
+            sent.append((repo_id, sorted(p.name for p in folder_path.iterdir() if p.name not in ignore_patterns)))
+
+        def upload_file(self, *, path_or_fileobj: bytes, path_in_repo: str, repo_id: str) -> None:
+            sent.append((path_in_repo, path_or_fileobj.decode()))
+
+        def repo_info(self, repository: str) -> Any:
+            return SimpleNamespace(private=False)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     recipe = text(QUICK | {"measure": False})
     prune(tmp_path / "kept", recipe)
     assert sent == []
-    prune(tmp_path / "sent", recipe, options=Options(device="cpu", push_to_hub="me/smaller"))
-    assert sent[0] == ("me/smaller", True) and {"README.md", "lissom.json", "transformer"} <= set(sent[1][1])
+    watched, asked = small.Watched(), Options(device="cpu", push_to_hub="me/smaller")
+    prune(tmp_path / "kept", recipe, resume=True, options=asked, progress=watched)  # finished before: uploaded all the same
+    assert sent[0] == ("me/smaller", True) and {"plan.json", "README.md", "lissom.json"} & set(sent[1][1]) == set()
+    files = dict(sent[2:])
+    assert '"me/smaller"' in files["README.md"] and str(tmp_path) not in files["README.md"] + files["lissom.json"]
+    assert "me/smaller: uploaded (PUBLIC, as it was before)" in watched.said
     monkeypatch.setattr(Hub, "create_repo", lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("no route")))
     with pytest.raises(UserError, match="did not take it .no route.*The model is complete in .*failed/model"):
         prune(tmp_path / "failed", recipe, options=Options(device="cpu", push_to_hub="me/smaller"))
@@ -251,9 +275,9 @@ def test_the_reference_of_both_is_the_parents(tmp_path: Path) -> None:
 def test_latency_is_a_target_and_its_table_is_measured_once(tmp_path: Path) -> None:
     recipe = text(QUICK | {"of": "latency", "keep": 0.8, "measure": False})
     prune(tmp_path / "run", recipe)
-    table = json.loads((tmp_path / "run" / "latency.json").read_text())
+    table = json.loads((tmp_path / "run" / "latency.json").read_text())["value"]
     gone = [cut.address for cut in report(tmp_path / "run").cuts]
     assert sum(table["layers"][a] for a in gone) >= 0.2 * table["whole"] * (1 - 1e-9)
     (tmp_path / "run" / "lissom.json").unlink()
     prune(tmp_path / "run", recipe, resume=True)
-    assert json.loads((tmp_path / "run" / "latency.json").read_text()) == table
+    assert json.loads((tmp_path / "run" / "latency.json").read_text())["value"] == table
