@@ -21,10 +21,10 @@ from ..core.recipe import PruneStage, build
 from ..prune import slim_unet
 from ..prune._task import Pruned
 from ..workflow._losses import Losses
+from ..workflow._prune_job import Job, choose, gauge_of, job_of
 from ..workflow._prune_report import additivity
 from ..workflow._subject import Subject
 from ..workflow.context import Context, Options, Silent
-from ..workflow.prune import Job, choose, gauge_of, job_of
 from . import _results
 
 STEPS, IMAGES = 10, 2048  # DDIM steps and images behind each distance

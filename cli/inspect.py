@@ -28,7 +28,7 @@ def inspect(
 
     Example: lissom inspect zoo:fashion --layers, lissom inspect config:sdxl
     """
-    from ..workflow import inspect as work
+    from ..workflow import inspection as work
     from ..workflow.context import Context
     from ..workflow.evaluate import lone
 

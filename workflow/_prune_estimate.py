@@ -5,9 +5,9 @@ from typing import Any
 from ..core import blueprints, export
 from ..core.recipe import PruneStage
 from ._gauge import Gauge
+from ._prune_job import Job, choose, gauge_of, job_of
 from ._subject import Subject
 from .context import Context
-from .prune import Job, choose, gauge_of, job_of
 
 FULL = 4.0  # bytes of a parameter where there is no file to look at
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..core.models import Model
     from ..prune._task import Pruned
     from ._gauge import Gauge
-    from .prune import Job
+    from ._prune_job import Job
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The pruned model's folder: saved and verified, with its line of descent, its card, and an upload where one was asked for."""
 
 import re
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,21 @@ from ..report.prune_schema import PruneReport
 
 if TYPE_CHECKING:
     from ..core.export import Saved
-    from .prune import Made
+    from ._before_after import Quality
 
 CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Made:
+    """The saved model, and all that is known of it and its parent before the parent is let go."""
+
+    folder: Path
+    report: PruneReport  # measurements of the pruned model are missing
+    quality: "Quality"
+    plan: SamplingPlan | None  # the parent's, on the pruned model
+    license: dict[str, str]  # lines of the parent's card
+    origin: str
 
 
 def save(stage: PruneStage, seed: int, model: Model, cuts: tuple[Cut, ...], probe: dict[str, Any], folder: Path) -> "Saved":
@@ -51,7 +64,7 @@ def save(stage: PruneStage, seed: int, model: Model, cuts: tuple[Cut, ...], prob
     )
 
 
-def finish(folder: Path, report: PruneReport, made: "Made", stage: str) -> Artifact:
+def finish(folder: Path, report: PruneReport, made: Made, stage: str) -> Artifact:
     """Write card and manifests; the stage's own comes last, and says that it is complete. stage: its hash."""
     written = artifact.manifest(made.folder)
     assert written is not None  # by `save`

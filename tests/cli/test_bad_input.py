@@ -187,7 +187,7 @@ def test_an_internal_error_says_where_and_shows_a_traceback_only_if_asked(monkey
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr("lissom.workflow.inspect.inspect", broken)
+    monkeypatch.setattr("lissom.workflow.inspection.inspect", broken)
     brief, long = lissom("inspect", "zoo:fashion"), lissom("inspect", "zoo:fashion", "-v")
     for ended in (brief, long):
         assert ended.exit_code == 1 and "internal error: ZeroDivisionError: by zero (at " in ended.stderr

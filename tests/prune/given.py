@@ -12,7 +12,7 @@ from lissom.core.recipe import PruneStage
 from lissom.prune._task import Option, Space, Task, enough
 from lissom.tests.core import tiny
 from lissom.workflow._gauge import Gauge
-from lissom.workflow.prune import Job, job_of
+from lissom.workflow._prune_job import Job, job_of
 
 SD_TYPES: dict[str, Any] = {
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),

@@ -40,7 +40,7 @@ def _loaded(subject: Subject) -> "tuple[Gauge, int, list[Layer]]":
     from dataclasses import replace
 
     from ..core import cost
-    from .prune import gauge_of
+    from ._prune_job import gauge_of
 
     gauge = gauge_of(subject)
     with subject.asking():
