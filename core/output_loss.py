@@ -34,11 +34,6 @@ class OutputLoss:
         self.calls, self.reuse = [call for call in calls if call.name == name], reuse
         self.seconds = self.whole_seconds = 0.0  # spent on cut denoisers; what as many whole forwards would have taken
 
-    @property
-    def share(self) -> float:
-        """Time of scoring one cut on one call, in forwards of the whole denoiser; 1 before anything was scored."""
-        return self.seconds / self.whole_seconds if self.whole_seconds else 1.0
-
     def each(self, options: Sequence[Sequence[Cut]]) -> list[float]:
         """The mean squared difference of outputs per element, summed up in float64; infinite where it is not finite."""
         if not self.calls:
@@ -82,8 +77,7 @@ class OutputLoss:
 class _Tape:
     """The outputs of a denoiser's parts in one forward, in the order of the calls."""
 
-    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
-        self.parts = parts
+    def __init__(self) -> None:
         self.kept: list[tuple[int, Any, Any]] = []  # (id of the part, its output, versions of the tensors in it)
         self.answered = 0  # calls from the start that the tape answers
         self.at: int | None = None  # the next call; None while the tape stands still
@@ -130,7 +124,7 @@ class _Tape:
 @contextmanager
 def _taped(parts: Mapping[str, nn.Module]) -> Iterator[_Tape]:
     """Pass every call of the parts through a tape, by a subclass of their class, as a steered denoiser does."""
-    tape = _Tape(parts)
+    tape = _Tape()
     classes: dict[str, Any] = {address: type(module) for address, module in parts.items()}
     try:
         for address, module in parts.items():

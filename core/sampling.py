@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import memory
 from .candidate import SamplingPlan, Seeds, canonical, image_seed
 from .conditions import Conditions
 from .driving import Memo, Run, check, follow, watch
@@ -93,8 +94,8 @@ class Sampler:
         """One call of the pipeline; None if memory ran out."""
         try:
             return self._draw(plan, seeds, indices, steps, output)
-        except (torch.OutOfMemoryError, RuntimeError) as e:
-            if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator: can't allocate memory" not in str(e):
+        except RuntimeError as e:
+            if not memory.ran_out(e):
                 raise
             return None  # shrink only after this frame, whose traceback holds the tensors, is gone
 

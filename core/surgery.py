@@ -58,7 +58,7 @@ def _moves_as_a_whole(denoiser: Any) -> bool:
     """Whether accelerate's model offload moves a denoiser: all of it or nothing, by where its first parameter is."""
     if (hook := getattr(denoiser, "_hf_hook", None)) is None:
         return False
-    from accelerate.hooks import CpuOffload  # type: ignore[import-untyped]
+    from accelerate.hooks import CpuOffload
 
     return any(isinstance(each, CpuOffload) for each in (hook, *getattr(hook, "hooks", ())))
 

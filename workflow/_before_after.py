@@ -1,21 +1,21 @@
 """What a pruned model gained and lost: time of a denoiser call in turns, images on unseen seeds. Measured once, then kept."""
 
 import functools
-import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..core.candidate import Cut, SamplingPlan, Scheduler, Seeds, canonical
-from ..core.files import write_text
+from ..core import memory
+from ..core.candidate import Cut, SamplingPlan, Scheduler, Seeds
 from ..core.recipe import PruneStage
 from ..report.prune_schema import Latency, Scored
 from ..report.schema import Ratio
 from ._evaluator import Evaluator, draw_sheet
 from ._gauge import LIMIT, Gauge, times
+from ._kept import kept
 from ._subject import Subject
 
 if TYPE_CHECKING:
@@ -90,8 +90,6 @@ def latency(stage: PruneStage, gauge: Gauge, cuts: tuple[Cut, ...], subject: Sub
 
     Cut in memory: the model that was saved computes the same, and a second one need not fit beside the first.
     """
-    import torch
-
     from ..core import surgery
 
     first, device, progress = next(gauge.denoiser.parameters()), subject.model.device, subject.context.progress
@@ -107,7 +105,9 @@ def latency(stage: PruneStage, gauge: Gauge, cuts: tuple[Cut, ...], subject: Sub
                 inputs = gauge.example(batch, first.device, first.dtype)
                 call = functools.partial(gauge.denoiser, **inputs)
                 before, after = times([call, call], device, [nullcontext, lambda: surgery.applied(gauge.denoiser, cuts)])
-            except torch.OutOfMemoryError:
+            except RuntimeError as e:
+                if not memory.ran_out(e):
+                    raise
                 progress.warn(f"batch {batch} is not timed: it does not fit into memory.")
                 continue
             per_image = statistics.median(before) / batch
@@ -140,18 +140,3 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
         below += 1
     at = max(0, below - 1)
     return ordered[at], ordered[n - 1 - at]
-
-
-def kept(path: Path, identity: Any, make: Callable[[], Any]) -> Any:
-    """What `make` gives (JSON), from the file where it was made before under the same identity."""
-    wanted = json.loads(canonical(identity))
-    if path.is_file():
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            record = {}
-        if isinstance(record, dict) and record.get("identity") == wanted:
-            return record["value"]
-    value = make()
-    write_text(path, json.dumps({"identity": wanted, "value": value}, indent=1) + "\n")
-    return value

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core import memory
 from ..core.candidate import Cut, canonical
 from ..core.errors import SamplingError, UserError
 from ..core.files import disk_errors, write_text
@@ -69,15 +70,13 @@ class Losses:
 
     def _measured(self, call: "Inputs", options: Sequence[tuple[Cut, ...]]) -> list[float]:
         """On one call; on halves of it where memory runs out."""
-        from torch import OutOfMemoryError
-
         from ..core.output_loss import OutputLoss
 
         measured = OutputLoss(self.denoisers, [call])
         try:
             found = measured.each(options)
-        except (OutOfMemoryError, RuntimeError) as e:
-            if not isinstance(e, OutOfMemoryError) and "can't allocate memory" not in str(e):
+        except RuntimeError as e:
+            if not memory.ran_out(e):
                 raise
             found = []
         if not found:  # only after the frame whose traceback holds the tensors is gone

@@ -11,8 +11,8 @@ from ..core import methods, recipe
 from ..core.candidate import Cut
 from ..core.errors import UserError
 from ..core.recipe import PruneStage
-from ._before_after import kept
 from ._gauge import TEXT_TOKENS, Gauge, layer_times
+from ._kept import kept
 from ._losses import Losses
 from ._subject import Subject
 from .context import Progress

@@ -36,8 +36,7 @@ def run_stage(stage: PruneStage, artifact_in: Artifact, folder: Path, context: C
         report = report.model_copy(update={"scored": (*report.scored, made.quality.of("after", pruned, made.plan))})
         context.progress.advance()
     _prune_report.write(folder, report)
-    result = _pruned_model.finish(folder, report, made, stage_hash(stage, artifact_in, context))
-    return result
+    return _pruned_model.finish(folder, report, made, stage_hash(stage, artifact_in, context))
 
 
 def _make(stage: PruneStage, artifact_in: Artifact, folder: Path, context: Context) -> "Made":
@@ -79,13 +78,6 @@ def _make(stage: PruneStage, artifact_in: Artifact, folder: Path, context: Conte
     return _pruned_model.Made(saved.folder, report, quality, moved, _pruned_model.license_of(model.folder), model.origin)
 
 
-def _recorded(subject: Subject, count: int, times: int) -> "list[Inputs]":
-    from ..core import calibration
-
-    with subject.asking():
-        return calibration.record(subject.sampler, count, times, subject.context.recipe.seed)
-
-
 def _calls(stage: PruneStage, subject: Subject) -> "list[Inputs]":
     """The calls that losses are measured on: of the model's own trajectories, or made from images."""
     from ..core import calibration
@@ -93,10 +85,11 @@ def _calls(stage: PruneStage, subject: Subject) -> "list[Inputs]":
     progress, source = subject.context.progress, stage.data
     pixels = [] if source in (None, "teacher") else _pixels(subject.context.path(str(source)), stage.calibration, progress)
     progress.say(f"recording denoiser calls of {stage.calibration} images at {stage.times} noise levels")
-    if not pixels:
-        return _recorded(subject, stage.calibration, stage.times)
+    seed = subject.context.recipe.seed
     with subject.asking():
-        return calibration.from_images(subject.sampler, pixels, stage.calibration, stage.times, subject.context.recipe.seed)
+        if pixels:
+            return calibration.from_images(subject.sampler, pixels, stage.calibration, stage.times, seed)
+        return calibration.record(subject.sampler, stage.calibration, stage.times, seed)
 
 
 def _pixels(source: str, count: int, progress: Progress) -> "list[Tensor]":
