@@ -1,6 +1,7 @@
 """What generated images are compared with: statistics found, or made once, for one of the two roles of a reference."""
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -8,9 +9,10 @@ from typing import Literal, Self
 from ..core.candidate import canonical
 from ..core.errors import UserError
 from ..core.methods import suggest
+from ._extraction import Extraction
 from ._features import ZOO, Features
 from ._images import Images
-from ._statistics import Statistics, of
+from ._statistics import Statistics
 
 Role = Literal["search", "report"]
 FOLDER = ZOO / "statistics"
@@ -37,8 +39,9 @@ def load(source: str, features: Features, role: Role, cache: Path | None = None)
 
     `source`: an image folder or a zip (one half of the images for each role), a statistics file (.safetensors; the
     same for both roles), or zoo:NAME (training images to search with, test images to report; zoo:NAME/train and
-    zoo:NAME/test are the same for both roles). Statistics of images are kept in `cache` and taken from there while the
-    files stay as they are. Raises UserError for what is missing, damaged, made by other features, or too few images.
+    zoo:NAME/test are the same for both roles). Statistics of images hold features of 10,000 single ones too. They are kept
+    in `cache` and taken from there while the files stay as they are; a killed run goes on where it was. Raises UserError
+    for what is missing, damaged, made by other features, or too few images.
     """
     if source.startswith("zoo:"):
         name, _, part = source.removeprefix("zoo:").partition("/")
@@ -66,16 +69,22 @@ def _of_images(source: Path, features: Features, role: Role, cache: Path | None)
     images = Images(source, role)
     identity = [images.signature(), str(source.resolve()), role, features.name, features.hash, features.resize]
     key = hashlib.sha256(canonical(identity).encode()).hexdigest()[:16]
-    kept = None if cache is None else cache / f"reference-{role}-{key}.safetensors"
-    if kept is not None and kept.is_file():
-        try:
+    extraction = Extraction([images], features, signature=key)
+    if cache is None:
+        return extraction.run()
+    kept = cache / f"reference-{role}-{key}.safetensors"
+    if kept.is_file():
+        with suppress(UserError):  # a damaged copy is made again: the images are still there
             statistics = Statistics.load(kept)
             statistics.check(features)
-            return statistics
-        except UserError:  # a damaged copy is made again: the images are still there
-            pass
-    statistics = of(features, images, str(source))
-    statistics.describe(skipped=tuple(images.skipped))
-    if kept is not None:
-        statistics.save(kept)
+            if len(statistics.sketch):  # of an earlier lissom, which kept no features of single images
+                return statistics
+    partial = kept.with_name(f"{kept.name}.partial")  # what a killed run has left
+    try:
+        extraction.begin(partial)
+    except UserError:
+        partial.unlink()
+    statistics = extraction.run(partial)
+    statistics.save(kept)
+    partial.unlink(missing_ok=True)
     return statistics

@@ -1,6 +1,6 @@
 """Mean and covariance of image features: streamed, merged, and saved with everything that makes them comparable.
 
-Shapes: B images, D features.
+Shapes: B images, D features, K images whose features are kept.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from torch import Tensor
 
 from .. import __version__
 from ..core.candidate import canonical
-from ..core.errors import UserError
+from ..core.errors import SamplingError, UserError
 from ..core.files import write_bytes
+from ..core.memory import ran_out
 from . import _frechet
+from ._sketch import KEEP, Sketch, key
 
 if TYPE_CHECKING:
     from ._features import Features
 
-FORMAT = 1  # of the file; a newer one is refused
+FORMAT = 2  # of a file with more than mean and m2, or with conversions or shards named; others stay 1; a newer one is refused
 KEY = "lissom_statistics"  # of the provenance in the file's metadata
 
 
@@ -43,6 +45,8 @@ class Provenance(BaseModel):
     source_hash: str = ""  # sum of the sha256 of all images, modulo 2^256: the same in any order and however it was split
     sizes: dict[str, int] = {}  # images by size before resizing: {"28x28": 60000}, width first
     skipped: tuple[str, ...] = ()  # images that could not be read
+    converted: dict[str, int] = {}  # images that were not plain 8-bit RGB: {"grayscale": 5, "alpha": 2}; one may count twice
+    shards: tuple[str, ...] = ()  # the parts of a build that are here, as long as some are missing: ("1/4", "3/4")
     version: str = __version__  # of lissom
 
 
@@ -50,20 +54,31 @@ class Statistics:
     """n, mean (D,) and m2 (D, D), the sum of outer products of the deviations from the mean, in float64 on the CPU.
 
     Chan, Golub and LeVeque 1979: parts are combined without the cancellation of a raw sum of squares, so that any
-    split of the images ends in the same statistics to about 1e-12.
+    split of the images ends in the same statistics to about 1e-12. A `Sketch` beside them keeps the features of some
+    single images, for metrics that compare images one by one.
     """
 
-    def __init__(self, provenance: Provenance, n: int = 0, mean: Tensor | None = None, m2: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        provenance: Provenance,
+        n: int = 0,
+        mean: Tensor | None = None,
+        m2: Tensor | None = None,
+        sketch: Sketch | None = None,
+    ) -> None:
         self.provenance, self.n = provenance, n
         self.mean = torch.zeros(0, dtype=torch.float64) if mean is None else mean
         self.m2 = torch.zeros((0, 0), dtype=torch.float64) if m2 is None else m2
+        self.sketch = Sketch(0) if sketch is None else sketch
+        self.build: dict[str, Any] = {}  # what a finished build has to know again when it is asked for once more
         self._root: Tensor | None = None
+        self._kept: Tensor | None = None
 
     @classmethod
-    def by(cls, features: Features, source: str = "") -> Statistics:
-        """Empty statistics of what this extractor sees."""
+    def by(cls, features: Features, source: str = "", keep: int = 0) -> Statistics:
+        """Empty statistics of what this extractor sees; features of `keep` images will be kept."""
         identity = Provenance(features=features.name, features_hash=features.hash, resize=features.resize, source=source)
-        return cls(identity)
+        return cls(identity, sketch=Sketch(keep))
 
     @property
     def dim(self) -> int:
@@ -84,68 +99,143 @@ class Statistics:
         return self._root
 
     @property
+    def kept(self) -> Tensor:
+        """(K, D) float32: features of single images, in the order of their keys; (0, D) where none are kept."""
+        if self._kept is None:
+            self._kept = self.sketch.rows.float() if len(self.sketch) else torch.zeros((0, self.dim))
+        return self._kept
+
+    def need_kept(self, who: str) -> Tensor:
+        """`kept`, for a metric of that name. Raises UserError where there are fewer than 2."""
+        if len(self.sketch) < 2:
+            there = (
+                "features of only one image, too few for what" if len(self.sketch) else "no features of single images, which"
+            )
+            raise UserError(
+                f"{self.provenance.source or 'statistics'}: holds {there} {who} needs: "
+                f"build it again with --keep-features {KEEP}."
+            )
+        return self.kept
+
+    @property
     def hash(self) -> str:
-        """sha256 of what the statistics are of: features, resizing, and the images.
+        """sha256 of what the statistics are of: features, resizing, and the images; the same with and without kept features.
 
         With known images it does not change with the number of threads or the machine, which move the last digits of
         the tensors; statistics of bare features are identified by their bytes.
         """
         p = self.provenance
-        content = p.source_hash or self._checksum()
+        content = p.source_hash or self._digest()
         return hashlib.sha256(canonical([p.features, p.features_hash, p.resize, self.n, content]).encode()).hexdigest()
 
-    def update(self, features: Tensor) -> None:
-        """Add images: features (B, D) of any float type. Raises UserError for values that are not finite."""
+    @property
+    def checksum(self) -> str:
+        """sha256 of n and all tensors, as the file holds it."""
+        return self._digest(*((self.sketch.keys, self.sketch.rows) if self.sketch.limit else ()))
+
+    def identity(self, kept: bool) -> str:
+        """What a metric's value depends on: `hash`, and, for one that uses kept features, also which images they are of."""
+        if not kept:
+            return self.hash
+        return hashlib.sha256(self.hash.encode() + self.sketch.keys.numpy().tobytes()).hexdigest()
+
+    def update(self, features: Tensor, keys: Tensor | None = None) -> None:
+        """Add images: features (B, D) of any float type, and their keys (B,) int64 where some are to be kept.
+
+        Raises UserError for values that are not finite, or too large to be kept.
+        """
         x = features.detach().to("cpu", torch.float64)
         if not torch.isfinite(x).all():
             raise UserError(f"{self.provenance.features} gave features that are not finite for {self.provenance.source}.")
+        if self.sketch.limit and keys is None:
+            raise ValueError("features can be kept only with the keys of their images")
         if len(x):
+            if keys is not None:
+                self.sketch.add(keys, features.detach().cpu())
             mean = x.mean(0)
             self._add(len(x), mean, (x - mean).T @ (x - mean))
 
     def merge(self, other: Statistics) -> Statistics:
-        """The statistics of both sets of images, equal to one pass over them. Raises UserError if they do not match."""
+        """The statistics of both sets of images, equal to one pass over them. Raises UserError if they do not match.
+
+        Kept are as many features as both sides allow: the fewer of the two limits.
+        """
         a, b = self.provenance, other.provenance
         _match(a, b.features, b.features_hash, b.resize)
         known = [s for s in (self, other) if s.n]
         merged = a.model_copy(
             update={
                 "source": " + ".join(dict.fromkeys(p.source for p in (a, b) if p.source)),
-                "source_hash": _sum(p.source_hash for p in (a, b)) if all(s.provenance.source_hash for s in known) else "",
-                "sizes": dict(Counter(a.sizes) + Counter(b.sizes)),
+                "source_hash": sum_hashes(p.source_hash for p in (a, b))
+                if all(s.provenance.source_hash for s in known)
+                else "",
+                "sizes": _added(a.sizes, b.sizes),
                 "skipped": a.skipped + b.skipped,
+                "converted": _added(a.converted, b.converted),
+                "shards": _shards(a.shards + b.shards),
             }
         )
-        result = Statistics(merged, self.n, self.mean.clone(), self.m2.clone())
+        sketch = Sketch(min((s.sketch.limit for s in known), default=self.sketch.limit))
+        result = Statistics(merged, self.n, self.mean.clone(), self.m2.clone(), sketch)
+        for side in known:
+            sketch.add(side.sketch.keys, side.sketch.rows)
         if other.n:
             result._add(other.n, other.mean, other.m2)
         return result
+
+    def keep_at_most(self, limit: int) -> None:
+        """Forget kept features until at most `limit` are left."""
+        old, self._kept = self.sketch, None
+        self.sketch = Sketch(min(limit, old.limit), old.keys[:limit], old.rows[:limit])
 
     def check(self, features: Features) -> None:
         """Raises UserError, naming both sides, unless these features and this resizing made the statistics."""
         _match(self.provenance, features.name, features.hash, features.resize)
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file, whole or not at all. Raises DiskError or UserError if it cannot be written."""
-        self.covariance  # noqa: B018  # refuses what could not be used
-        record = {"format": FORMAT, "n": self.n, "checksum": self._checksum(), **self.provenance.model_dump(mode="json")}
-        write_bytes(path, save({"mean": self.mean.contiguous(), "m2": self.m2.contiguous()}, {KEY: canonical(record)}))
+        """Write a safetensors file, whole or not at all. Raises DiskError or UserError if it cannot be written.
+
+        Kept features are stored as they are in memory, rounded to float16 (see `Sketch`).
+        """
+        if not self.provenance.shards:  # a shard may hold one image or none
+            self.covariance  # noqa: B018  # refuses what could not be used
+        write_bytes(path, self.content())
+
+    def content(self, **also: Any) -> bytes:
+        """The bytes of the file; `also` goes into its record."""
+        given = {k: v for k, v in self.provenance.model_dump(mode="json").items() if v or k not in ("converted", "shards")}
+        tensors = {"mean": self.mean.contiguous(), "m2": self.m2.contiguous()}
+        newer = {"keep": self.sketch.limit, "build": self.build, **also}
+        record = {"n": self.n, **given, **{k: v for k, v in newer.items() if v}}
+        if self.sketch.limit:
+            tensors |= {"keys": self.sketch.keys, "kept": self.sketch.rows}
+        record["format"] = FORMAT if record.keys() & {"converted", "shards", *newer} else 1
+        record["checksum"] = self.checksum
+        return save(tensors, {KEY: canonical(record)})
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
         """Read what `save` wrote. Raises UserError for a file that is missing, damaged, newer or something else."""
+        return cls.read(path)[0]
+
+    @classmethod
+    def read(cls, path: Path, also: str = "") -> tuple[Statistics, Any]:
+        """What `content` wrote, and what it was given under the name `also` (None: nothing)."""
         record, tensors = _read(path)
         if record.get("format", 0) > FORMAT:
             raise UserError(f"{path}: written in format {record['format']} by a newer lissom; this one reads up to {FORMAT}.")
         try:
             n, checksum = int(record.pop("n")), record.pop("checksum")
             record.pop("format")
-            result = cls(Provenance(**record), n, tensors["mean"], tensors["m2"])
+            build, keep, more = record.pop("build", {}), int(record.pop("keep", 0)), record.pop(also, None)
+            sketch = Sketch(keep, tensors["keys"], tensors["kept"]) if keep else None
+            result = cls(Provenance(**record), n, tensors["mean"], tensors["m2"], sketch)
         except (KeyError, TypeError, ValueError, ValidationError) as e:
             raise UserError(f"{path}: its record is incomplete ({_first_line(e)}). Build the statistics again.") from e
-        if result._checksum() != checksum:
+        result.build = build
+        if result.checksum != checksum:
             raise UserError(f"{path}: damaged, the numbers do not fit their checksum. Build the statistics again.")
-        return result
+        return result, more
 
     def describe(self, **changes: Any) -> None:
         """Fill in provenance that is known only after the last image."""
@@ -161,33 +251,73 @@ class Statistics:
             self.m2 = self.m2 + m2 + torch.outer(shift, shift) * (self.n * n / total)
         else:
             self.mean, self.m2 = mean.clone(), m2.clone()
-        self.n, self._root = total, None
+        self.n, self._root, self._kept = total, None, None
 
-    def _checksum(self) -> str:
+    def _digest(self, *also: Tensor) -> str:
         digest = hashlib.sha256(str(self.n).encode())
-        for tensor in (self.mean, self.m2):
+        for tensor in (self.mean, self.m2, *also):
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
-def of(features: Features, batches: Iterable[Tensor], source: str) -> Statistics:
-    """Statistics of images: uint8 batches (B, H, W, 3) of any sizes, resized one by one and extracted many at a time."""
-    result = Statistics.by(features, source)
-    waiting: list[Tensor] = []  # resized images (3, S, S)
-    content = ""
-    sizes: Counter[str] = Counter()
+class Builder:
+    """Statistics of images that come in any number and any size: hashed, resized, and extracted `features.batch` at a time.
+
+    What the extractor sees at a time depends on the order of the images alone, so that the same order gives the same bits.
+    """
+
+    def __init__(self, features: Features, statistics: Statistics) -> None:
+        """`statistics` are filled: empty ones, or those that an earlier builder of the same features left when settled."""
+        self.features, self._statistics = features, statistics
+        self._content, self._sizes = statistics.provenance.source_hash, Counter(statistics.provenance.sizes)
+        self._waiting: list[tuple[Tensor, int, str]] = []  # resized (3, S, S), key, name
+
+    @property
+    def settled(self) -> bool:
+        """Whether all images so far have been extracted."""
+        return not self._waiting
+
+    def add(self, pixels: Tensor, name: str = "") -> None:
+        """uint8 pixels (B, H, W, 3). Raises UserError, with the name, for features that are not finite."""
+        pixels = pixels.cpu()
+        hashes = [image_hash(image) for image in pixels]
+        self._content = sum_hashes([self._content, *hashes])
+        self._sizes[f"{pixels.shape[2]}x{pixels.shape[1]}"] += len(pixels)
+        self._waiting.extend((image, key(h), name) for image, h in zip(self.features.prepare(pixels), hashes, strict=True))
+        while len(self._waiting) >= self.features.batch:
+            self._extract()
+
+    def state(self) -> Statistics:
+        """The statistics, when settled; more images may follow."""
+        if not self.settled:
+            raise ValueError(f"{len(self._waiting)} images are waiting")
+        self._statistics.describe(source_hash=self._content, sizes=dict(sorted(self._sizes.items())))
+        return self._statistics
+
+    def finish(self) -> Statistics:
+        """The statistics of all images."""
+        if not self.settled:
+            self._extract()
+        return self.state()
+
+    def _extract(self) -> None:
+        now, self._waiting = self._waiting[: self.features.batch], self._waiting[self.features.batch :]
+        found = _forward(self.features, torch.stack([image for image, _, _ in now]))
+        bad = (~torch.isfinite(found).all(1)).nonzero().flatten().tolist()
+        if bad and now[bad[0]][2]:
+            raise UserError(
+                f"{now[bad[0]][2]}: {self.features.name} gave features that are not finite for this image. "
+                "Take it out, or use other features."
+            )
+        self._statistics.update(found, torch.tensor([k for _, k, _ in now]))
+
+
+def of(features: Features, batches: Iterable[Tensor], source: str, keep: int = KEEP) -> Statistics:
+    """Statistics of images: uint8 batches (B, H, W, 3) of any sizes; features of `keep` of them are kept."""
+    builder = Builder(features, Statistics.by(features, source, keep))
     for batch in batches:
-        pixels = batch.cpu()
-        sizes[f"{pixels.shape[2]}x{pixels.shape[1]}"] += len(pixels)
-        content = _sum([content, *(image_hash(image) for image in pixels)])
-        waiting.extend(features.prepare(pixels))
-        while len(waiting) >= features.batch:
-            result.update(features.forward(torch.stack(waiting[: features.batch])))
-            del waiting[: features.batch]
-    if waiting:
-        result.update(features.forward(torch.stack(waiting)))
-    result.describe(source_hash=content, sizes=dict(sorted(sizes.items())))
-    return result
+        builder.add(batch)
+    return builder.finish()
 
 
 def image_hash(pixels: Tensor) -> str:
@@ -195,9 +325,39 @@ def image_hash(pixels: Tensor) -> str:
     return hashlib.sha256(f"{tuple(pixels.shape)}".encode() + pixels.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _sum(hashes: Iterable[str]) -> str:
+def _forward(features: Features, images: Tensor) -> Tensor:
+    """images (B, 3, S, S) -> (B, D); in halves where memory runs out. Raises SamplingError where it does for one image."""
+    try:
+        return features.forward(images)
+    except Exception as e:
+        if not ran_out(e):
+            raise
+        if len(images) == 1:
+            raise SamplingError(f"{features.name}: memory runs out even for one image. Use another --device.") from e
+    return torch.cat([_forward(features, part) for part in images.chunk(2)])
+
+
+def sum_hashes(hashes: Iterable[str]) -> str:
     """A hash of many hashes that does not depend on their order or grouping."""
     return f"{sum(int(h or '0', 16) for h in hashes) % 2**256:064x}"
+
+
+def _added(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted((Counter(a) + Counter(b)).items()))
+
+
+def _shards(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """What is left of shards "I/N" when every complete set of N is taken as the whole that it is.
+
+    >>> _shards(("1/2", "1/3", "2/2")), _shards(("2/2", "2/2", "1/2"))
+    (('1/3',), ('2/2',))
+    """
+    left = Counter(parts)
+    for count in {part.partition("/")[2] for part in left}:
+        whole = [f"{i}/{count}" for i in range(1, int(count) + 1)]
+        times = min(left[part] for part in whole)
+        left.subtract(dict.fromkeys(whole, times))
+    return tuple(sorted(left.elements()))
 
 
 def _match(a: Provenance, name: str, weights: str, resize: str) -> None:

@@ -208,13 +208,17 @@ def export() -> None:
 
 
 def statistics(data: Path) -> None:
-    """Reference statistics of the judge's features: the 60,000 training images and, apart, the 10,000 test images."""
-    from ..evaluate import _features, _statistics
+    """Reference statistics of the judge's features: the 60,000 training images and, apart, the 10,000 test images.
+
+    Each keeps the features of 10,000 single images too, for metrics that compare images one by one.
+    """
+    from ..evaluate import _features, _sketch, _statistics
 
     judge = _features.load("zoo:judge")
     for split, name in (("train", "fashion-train"), ("t10k", "fashion-test")):
         pixels = F.pad(_data.images(data, split)[0], (2, 2, 2, 2))[..., None].expand(-1, -1, -1, 3)
-        found = _statistics.of(judge, pixels.split(500), source=f"Fashion-MNIST {split}, {len(pixels)} images, 32x32")
+        source = f"Fashion-MNIST {split}, {len(pixels)} images, 32x32"
+        found = _statistics.of(judge, pixels.split(500), source, keep=_sketch.KEEP)
         (HERE / "statistics").mkdir(exist_ok=True)
         found.save(HERE / "statistics" / f"{name}.safetensors")
 

@@ -2,14 +2,18 @@
 
 import io
 import os
+import random
+import struct
 import zipfile
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from lissom.core.errors import UserError
-from lissom.evaluate._images import Images, half, rgb
+from lissom.evaluate._images import UNREADABLE, Images, decode, half, rgb
 from lissom.tests.evaluate.judge import images
 from PIL import Image
 
@@ -34,6 +38,42 @@ def zipped(folder: Path, names: list[str]) -> Path:
         for name in names:
             archive.write(folder / name, name)
     return folder.with_suffix(".zip")
+
+
+def deep_rgb(pixels: np.ndarray) -> bytes:
+    """A PNG of 16 bits a channel, which PIL reads but does not write: pixels uint16 (H, W, 3)."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def odd() -> dict[str, tuple[bytes, set[str]]]:
+    """Readable images that are not plain 8-bit RGB: name, content, and what has to be converted."""
+    flat, other = Image.new("RGB", (8, 8), (200, 40, 90)), Image.new("RGB", (8, 8), (1, 2, 3))
+    clear = flat.convert("P")
+    clear.info["transparency"] = 0
+    return {
+        "animated.gif": (encode(flat, "gif", save_all=True, append_images=[other]), {"animated", "palette"}),
+        "animated.png": (encode(flat, "png", save_all=True, append_images=[other]), {"animated"}),
+        "animated.webp": (encode(flat, "webp", save_all=True, append_images=[other]), {"animated"}),
+        "pages.tiff": (encode(flat, "tiff", save_all=True, append_images=[other]), {"animated"}),
+        "still.gif": (encode(flat, "gif"), {"palette"}),
+        "rgba.png": (encode(flat.convert("RGBA")), {"alpha"}),
+        "la.png": (encode(Image.fromarray(RAMP).convert("LA")), {"alpha", "grayscale"}),
+        "clear.png": (encode(clear, transparency=0), {"alpha", "palette"}),
+        "cmyk.jpg": (encode(flat.convert("CMYK"), "jpeg"), {"cmyk"}),
+        "grey.jpg": (encode(Image.fromarray(RAMP), "jpeg"), {"grayscale"}),
+        "bits.png": (encode(Image.new("1", (8, 8), 1)), {"grayscale"}),
+        "palette.png": (encode(flat.convert("P")), {"palette"}),
+        "deep.png": (encode(Image.fromarray(RAMP.astype(np.uint16) * 257)), {"16-bit", "grayscale"}),
+        "deep-rgb.png": (deep_rgb(np.stack([RAMP] * 3, 2).astype(np.uint16) * 257), {"16-bit"}),
+        "plain.png": (encode(flat), set()),
+        "plain.jpg": (encode(flat, "jpeg"), set()),
+    }
 
 
 def read(content: bytes) -> np.ndarray:
@@ -68,6 +108,58 @@ def test_the_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     found = read(encode(frames[0], "gif", save_all=True, append_images=frames[1:]))
     assert np.array_equal(found, np.array(frames[0]))
+
+
+@pytest.mark.parametrize("name", odd())
+def test_what_is_converted_is_said(name: str) -> None:
+    content, kinds = odd()[name]
+    pixels, found = decode(content)
+    assert set(found) == kinds and len(found) == len(kinds)
+    assert pixels.shape == (8, 8, 3) and torch.equal(pixels, rgb(content))
+
+
+def test_deep_colour_is_scaled() -> None:
+    assert np.array_equal(read(odd()["deep-rgb.png"][0]), np.stack([RAMP] * 3, 2))
+
+
+def test_conversions_are_counted(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "a", n=2)
+    for name, (content, _) in odd().items():
+        (folder / name).write_bytes(content)
+    (folder / "torn.gif").write_bytes(odd()["animated.gif"][0][:-40])  # the second frame is gone, the first is whole
+    counts = {"animated": 4, "alpha": 3, "16-bit": 2, "cmyk": 1, "grayscale": 4, "palette": 5}
+    for source in (Images(folder), Images(zipped(folder, [p.name for p in folder.iterdir()]))):
+        assert len(list(source)) == 2 + len(odd()) + 1 and source.skipped == []
+        assert source.converted == counts | {"animated": source.converted["animated"]}
+        assert source.converted["animated"] in (4, 5)  # the torn one: as PIL sees it
+    halves = Images(folder, "search"), Images(folder, "report")
+    assert sum(len(list(half)) for half in halves) == 2 + len(odd()) + 1
+    assert halves[0].converted + halves[1].converted == source.converted
+
+
+def test_damage_anywhere_is_found_by_what_it_raises() -> None:
+    """Or it does not matter: bytes changed and ends cut off by chance."""
+    rng = random.Random(0)
+    for content, _ in odd().values():
+        for _ in range(60):
+            damaged = bytearray(content)
+            for _ in range(rng.choice((1, 2, 4))):
+                damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+            with suppress(*UNREADABLE):
+                decode(bytes(damaged[: rng.randrange(len(damaged)) if rng.random() < 0.3 else None]))
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "a", n=3)
+    strange = os.fsencode(folder) + b"/\xff\xfe.png"
+    try:
+        with open(strange, "wb") as f:
+            f.write(b"")
+    except OSError:
+        pytest.skip("this file system has text names only")
+    source = Images(folder)
+    assert len(list(source)) == 3 and source.skipped == ["\\xff\\xfe.png"]
+    assert [stamp[0] for stamp in source.signature()][-1] == "\\xff\\xfe.png"
 
 
 def test_floating_point_pixels_are_refused() -> None:

@@ -3,12 +3,13 @@ from pathlib import Path
 import pytest
 import torch
 from lissom.core.errors import UserError
-from lissom.evaluate import _reference
+from lissom.evaluate import _extraction, _reference
 from lissom.evaluate._images import Images
 from lissom.evaluate._reference import Reference
 from lissom.evaluate._statistics import Statistics, of
 from lissom.tests.evaluate.judge import Means, images
-from lissom.tests.evaluate.test_images import fill, zipped
+from lissom.tests.evaluate.test_images import encode, fill, zipped
+from PIL import Image
 
 
 class Counting(Means):
@@ -55,6 +56,54 @@ def test_statistics_of_images_are_kept(tmp_path: Path) -> None:
     assert _reference.load(str(folder), extractor, "search", cache).statistics.n < first.n
     extractor.size = 4
     assert _reference.load(str(folder), extractor, "search", cache).statistics.provenance.resize == "clean-bicubic-4"
+
+
+def test_a_reference_keeps_features_of_single_images(tmp_path: Path) -> None:
+    folder, cache = fill(tmp_path / "a", n=40), tmp_path / "cache"
+    (folder / "grey.png").write_bytes(encode(Image.fromarray(images(1)[0, :, :, 0].numpy())))
+    for where in (None, cache, cache):  # made, made and kept, found
+        found = _reference.load(str(folder), Means(), "search", where).statistics
+        assert found.kept.shape == (found.n, 4) and found.sketch.limit == 10_000
+    parts = [_reference.load(str(folder), Means(), role).statistics.provenance.converted for role in ("search", "report")]
+    assert sorted(parts, key=len) == [{}, {"grayscale": 1}]
+
+
+def test_a_kept_reference_without_single_images_is_stale(tmp_path: Path) -> None:
+    folder, cache, extractor = fill(tmp_path / "a", n=40), tmp_path / "cache", Counting()
+    first = _reference.load(str(folder), extractor, "search", cache).statistics
+    (path,), seen = list(cache.iterdir()), extractor.seen
+    old = Statistics.load(path)
+    old.keep_at_most(0)
+    old.save(path)
+    again = _reference.load(str(folder), extractor, "search", cache).statistics
+    assert extractor.seen == 2 * seen and torch.equal(again.kept, first.kept)
+    assert list(cache.iterdir()) == [path] and len(Statistics.load(path).kept) == first.n
+
+
+def test_a_killed_reference_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, cache = fill(tmp_path / "a", n=60), tmp_path / "cache"
+    expected = _reference.load(str(folder), Means(), "search").statistics
+
+    class Dying(Counting):
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            if self.seen >= 15:
+                raise KeyboardInterrupt
+            return super().forward(batch)
+
+    monkeypatch.setattr(_extraction.Extraction.run, "__defaults__", (None, 10, lambda files, fresh: None))
+    with pytest.raises(KeyboardInterrupt):
+        _reference.load(str(folder), Dying(), "search", cache)
+    (partial,), extractor = list(cache.iterdir()), Counting()
+    state = partial.read_bytes()
+    for content in (state, state[:-9]):  # a damaged state is begun anew
+        for path in cache.iterdir():
+            path.unlink()
+        partial.write_bytes(content)
+        extractor.seen = 0
+        found = _reference.load(str(folder), extractor, "search", cache).statistics
+        assert torch.equal(found.m2, expected.m2) and torch.equal(found.kept, expected.kept)
+        assert extractor.seen < found.n if content == state else extractor.seen == found.n
+        assert [p.suffix for p in cache.iterdir()] == [".safetensors"]
 
 
 def test_a_statistics_file_serves_both_roles_and_says_so(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from lissom.core.errors import UserError
-from lissom.evaluate._statistics import KEY, Provenance, Statistics, of
+from lissom.evaluate._sketch import Sketch, key
+from lissom.evaluate._statistics import KEY, Provenance, Statistics, image_hash, of
 from lissom.tests.evaluate.judge import Means, images
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -29,6 +30,17 @@ def stream(*parts: torch.Tensor) -> Statistics:
 def saved(tmp_path: Path) -> Path:
     of(Means(), images(20).split(7), "here").save(tmp_path / "s.safetensors")
     return tmp_path / "s.safetensors"
+
+
+def keyed(x: torch.Tensor, keys: torch.Tensor, keep: int, batch: int = 33) -> Statistics:
+    statistics = Statistics.by(Means(), "here", keep)
+    for part, part_keys in zip(x.split(batch), keys.split(batch), strict=True):
+        statistics.update(part, part_keys)
+    return statistics
+
+
+def some_keys(n: int = 500, seed: int = 1) -> torch.Tensor:
+    return torch.randint(2**63 - 1, (n,), generator=torch.Generator().manual_seed(seed))
 
 
 def rewrite(path: Path, **changes: object) -> None:
@@ -147,3 +159,140 @@ def test_too_few_images_and_bad_numbers() -> None:
         _ = stream(features()[:1]).covariance
     with pytest.raises(UserError, match="not finite for here"):
         stream(torch.tensor([[1.0, float("nan")]]))
+
+
+def test_kept_are_the_images_with_the_smallest_keys_however_they_come() -> None:
+    x, keys = features().div(1e3), some_keys()
+    order = keys.argsort()[:60]
+    whole = keyed(x, keys, 60)
+    assert torch.equal(whole.sketch.keys, keys[order]) and torch.equal(whole.kept, x[order].half().float())
+    shuffle = torch.randperm(500, generator=torch.Generator().manual_seed(2))
+    a, b, c = (keyed(x[s], keys[s], 60, batch) for s, batch in ((shuffle[:7], 1), (shuffle[7:300], 500), (shuffle[300:], 3)))
+    for merged in (a.merge(b).merge(c), c.merge(a.merge(b)), Statistics.by(Means(), keep=9).merge(b.merge(c).merge(a))):
+        assert torch.equal(merged.sketch.keys, whole.sketch.keys) and torch.equal(merged.kept, whole.kept)
+        torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-9, atol=0)
+        torch.testing.assert_close(merged.m2, whole.m2, rtol=1e-9, atol=1e-9)
+        assert merged.sketch.limit == 60
+    assert len(keyed(x, keys, 10_000).kept) == 500
+
+
+def test_the_smaller_limit_holds_for_a_merged_sample() -> None:
+    x, keys = features().div(1e3), some_keys()
+    a, b, none = keyed(x[:250], keys[:250], 40), keyed(x[250:], keys[250:], 25), keyed(x[:9], keys[:9], 0)
+    assert torch.equal(a.merge(b).kept, x[keys.argsort()[:25]].half().float())
+    assert len(a.merge(none).kept) == 0 and a.merge(none).sketch.limit == 0
+    a.keep_at_most(10)
+    assert torch.equal(a.kept, x[keys[:250].argsort()[:10]].half().float()) and a.sketch.limit == 10
+
+
+def test_equal_images_are_kept_once() -> None:
+    pixels = images(12)
+    found = of(Means(), [pixels, pixels.flip(0), pixels[:5]], "copies", keep=10)
+    expected = sorted(key(image_hash(image)) for image in pixels)[:10]
+    assert found.n == 29 and found.sketch.keys.tolist() == expected
+    again = of(Means(), [pixels], "here", keep=10)
+    assert found.merge(again).sketch.keys.tolist() == expected
+    torch.testing.assert_close(found.kept, again.kept, rtol=2**-11, atol=1e-3)
+
+
+def test_kept_features_are_those_of_their_images() -> None:
+    pixels = images(30)
+    found = of(Means(), pixels.split(4), "here", keep=8)
+    by_key = {key(image_hash(image)): image for image in pixels}
+    expected = torch.cat([Means().extract(by_key[k][None]) for k in found.sketch.keys.tolist()])
+    assert (found.kept - expected).abs().max() <= expected.abs().max() * 2**-11  # float16
+
+
+def test_kept_features_need_keys_and_numbers_that_float16_holds() -> None:
+    with pytest.raises(ValueError, match="keys"):
+        Statistics.by(Means(), "here", keep=5).update(features())
+    with pytest.raises(UserError, match="features as large as 7e[+]04 cannot be kept .* use --keep-features 0"):
+        keyed(torch.full((2, 4), 7e4), some_keys(2), 5)
+    for keys, rows in ((some_keys(3), torch.zeros(2, 4)), (torch.tensor([2, 1]), torch.zeros(2, 4))):
+        with pytest.raises(ValueError, match="belong together"):
+            Sketch(5, keys, rows.half())
+
+
+def test_what_depends_on_kept_features_is_told_apart() -> None:
+    pixels = images(40)
+    bare, few, more = (of(Means(), [pixels], "here", keep) for keep in (0, 10, 20))
+    plenty = of(Means(), pixels.flip(0).split(3), "there", 10_000), of(Means(), [pixels], "here", 40)
+    assert len({s.hash for s in (bare, few, more, *plenty)}) == 1
+    assert bare.identity(False) == few.identity(False) == few.hash
+    assert len({s.identity(True) for s in (bare, few, more, plenty[0])}) == 4
+    assert plenty[0].identity(True) == plenty[1].identity(True)  # the same images are kept, whatever the limit
+    assert (
+        stream(*features().split(33)).hash == keyed(features(), some_keys(), 5).hash
+    )  # bare features: their bytes, kept or not
+
+
+def test_a_metric_that_needs_kept_features_says_so() -> None:
+    assert of(Means(), [images(3)], "here").need_kept("kid").shape == (3, 4)
+    with pytest.raises(
+        UserError, match="^here: holds no features of single images, which kid needs: build it again with --keep-features 10000"
+    ):
+        of(Means(), [images(3)], "here", keep=0).need_kept("kid")
+    with pytest.raises(UserError, match="only one image, too few for what cmmd needs"):
+        of(Means(), [images(1).repeat(3, 1, 1, 1)], "here").need_kept("cmmd")
+
+
+def test_files_keep_features_and_their_sample(saved: Path) -> None:
+    expected, found = of(Means(), images(20).split(7), "here"), Statistics.load(saved)
+    assert torch.equal(found.kept, expected.kept) and torch.equal(found.sketch.keys, expected.sketch.keys)
+    assert found.sketch.limit == 10_000 and found.identity(True) == expected.identity(True)
+    with safe_open(saved, framework="pt") as f:
+        assert json.loads(f.metadata()[KEY])["format"] == 2
+        assert f.get_tensor("kept").dtype == torch.float16 and f.get_tensor("keys").dtype == torch.int64
+    rows = Statistics.load(saved).sketch.rows.clone()
+    rows[3, 2] += 1
+    damaged = Statistics(found.provenance, found.n, found.mean, found.m2, Sketch(10_000, found.sketch.keys, rows))
+    content = bytearray(damaged.content())
+    saved.write_bytes(content.replace(damaged.checksum.encode(), found.checksum.encode()))
+    with pytest.raises(UserError, match="damaged"):
+        Statistics.load(saved)
+
+
+def test_files_of_the_first_format_are_read(tmp_path: Path) -> None:
+    """As 0.1 wrote them; and what needs nothing newer is still written so."""
+    expected = of(Means(), [images(20)], "here", keep=0)
+    record = {
+        "format": 1, "n": 20, "checksum": expected.checksum, "features": "means", "features_hash": "f" * 64,
+        "resize": "clean-bicubic-8", "source": "here", "source_hash": expected.provenance.source_hash,
+        "sizes": {"8x8": 20}, "skipped": [], "version": "0.1.0",
+    }  # fmt: skip
+    save_file({"mean": expected.mean, "m2": expected.m2}, tmp_path / "old.safetensors", {KEY: json.dumps(record)})
+    old = Statistics.load(tmp_path / "old.safetensors")
+    assert old.hash == expected.hash and old.kept.shape == (0, 4) and old.sketch.limit == 0
+    expected.save(tmp_path / "new.safetensors")
+    with safe_open(tmp_path / "new.safetensors", framework="pt") as f:
+        assert json.loads(f.metadata()[KEY]) == record and set(f.keys()) == {"mean", "m2"}
+    newer = of(Means(), [images(20, seed=1)], "there")
+    assert old.merge(newer).n == 40 and len(old.merge(newer).kept) == 0
+
+
+def test_conversions_and_shards_merge(tmp_path: Path) -> None:
+    a, b = of(Means(), [images(3)], "x"), of(Means(), [images(1, seed=1)], "x")
+    a.describe(converted={"grayscale": 2, "alpha": 1}, shards=("1/2",))
+    b.describe(converted={"grayscale": 5}, shards=("2/2",))
+    b.save(tmp_path / "one.safetensors")  # a shard may hold one image
+    merged = a.merge(Statistics.load(tmp_path / "one.safetensors"))
+    assert merged.provenance.converted == {"alpha": 1, "grayscale": 7}
+    assert merged.provenance.shards == () and merged.provenance.source == "x"
+    with pytest.raises(UserError, match="a covariance needs 2 images, got 1"):
+        of(Means(), [images(1)], "x").save(tmp_path / "no.safetensors")
+
+
+def test_memory_that_runs_out_halves_the_batch() -> None:
+    class Small(Means):
+        fits = 2
+
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            if len(batch) > self.fits:
+                raise torch.OutOfMemoryError("no room")
+            return super().forward(batch)
+
+    small = Small()
+    torch.testing.assert_close(of(small, [images(13)], "x").mean, of(Means(), [images(13)], "x").mean)
+    small.fits = 0
+    with pytest.raises(UserError, match="means: memory runs out even for one image"):
+        of(small, [images(2)], "x")
