@@ -1,6 +1,6 @@
 """The door to feature extractors: what turns images into numbers that a metric can compare.
 
-Shapes: B images, H x W pixels, S x S what the extractor sees, D features.
+Shapes: B images, H x W pixels, S x S what the extractor sees, D features, N images whose features are known, C classes.
 """
 
 import hashlib
@@ -18,19 +18,29 @@ from ..core.methods import suggest
 from . import _resize
 
 BATCH = 64  # images or texts per forward pass, whatever the caller's batch: same kernels, same last digits
+LARGE = 32  # the same for networks that see 224 pixels and more: half the memory, no slower
 ZOO = Path(__file__).parents[1] / "zoo"
-WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
+PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".npz", ".npy")  # .pt and .pth are opened: they may be TorchScript
+SCRIPTS = (".pt", ".pth", ".ts")
+THERE = {
+    "inception": "FID's own, or inception:FILE",
+    "clip:ARCH/TAG": "open_clip's, such as clip:ViT-B-32/openai, or clip:ARCH/FILE.safetensors",
+    "dinov2:NAME": "such as dinov2:vitl14, or dinov2:NAME/FILE.safetensors",
+    "torchscript:FILE@SIZE": "a module of your own",
+    "local-dir:FOLDER": "an open_clip model",
+}
 
 
 class Features:
     """An extractor on a device. A subclass sets the attributes and `forward`; one with a text tower `encode_text` too."""
 
-    name: str  # zoo:judge, ...: what reports print
+    name: str  # zoo:judge, inception, ...: what reports print; no path, as records are read on other machines
     dim: int  # D
     hash: str  # sha256 of the weights file
     size: int  # S
     batch: int = BATCH
     has_text = False
+    has_probabilities = False  # whether `probabilities` works
     classes: list[dict[str, str]] | None = None  # [{"name": "dress", "caption": "a photo of a dress"}, ...]
 
     @property
@@ -61,68 +71,89 @@ class Features:
 
     def encode_text(self, texts: list[str]) -> Tensor:
         """float32 (B, D) on the CPU, not normalised. Raises UserError for an extractor without a text tower."""
-        raise UserError(f"{self.name} cannot read text; choose features with a text tower, such as zoo:judge.")
+        raise UserError(f"{self.name} cannot read text; choose features with a text tower, such as clip:ViT-B-32/openai.")
+
+    def truncated(self, texts: list[str]) -> int:
+        """How many of the texts are longer than what `encode_text` reads: the rest of them is dropped without a word."""
+        return 0
+
+    def probabilities(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
+        """What a classifier says of images by their features (N, D): float32 (N, C) on the CPU, rows that sum to 1.
+
+        classes: (C, D) embeddings of the class captions, for an extractor that classifies by captions; None: its own.
+        Raises UserError for an extractor that cannot classify.
+        """
+        raise UserError(
+            f"{self.name} cannot tell classes; choose inception, or an open_clip model with a classes.json, such as zoo:judge."
+        )
 
 
-class OpenClip(Features):
-    """A CLIP-like model from a folder as open_clip writes it (its schema local-dir:), computed in float32."""
+class Normalised(Features):
+    """An extractor in float32 whose network wants pixels of a given mean and standard deviation."""
 
-    has_text = True
-
-    def __init__(self, name: str, folder: Path, device: str) -> None:
-        """Raises UserError if the folder is not such a model."""
-        weights = next((folder / w for w in WEIGHTS if (folder / w).is_file()), None)
-        if weights is None:
-            raise UserError(f"{folder}: no {WEIGHTS[0]} in it. lissom reads open_clip models as safetensors, never as pickles.")
-        config = _json(folder / "open_clip_config.json")
-        self.name, self.device = name, torch.device(device)
-        self.hash = _sha256(weights)
-        try:
-            self._model = _build(config["model_cfg"], weights).eval().requires_grad_(False).to(self.device)
-            self._tokens = _tokenizer(config["model_cfg"]["text_cfg"], folder)
-            self.size = _square(self._model.visual.image_size)
-            self.dim = int(config["model_cfg"]["embed_dim"])
-        except UserError:
-            raise
-        except Exception as e:  # open_clip checks little: a wrong config ends in any kind of error
-            raise UserError(f"{folder}: open_clip cannot build this model ({type(e).__name__}: {e}).") from e
-        if (folder / "classes.json").is_file():
-            self.classes = _json(folder / "classes.json")
-        mean, std = _normalisation(config.get("preprocess_cfg", {}))
+    def _place(self, device: str, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """mean and std per channel, of pixels in 0..1."""
+        self.device = torch.device(device)
         self._mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(std, device=self.device).view(1, 3, 1, 1) * 255
 
     def forward(self, images: Tensor) -> Tensor:
-        with torch.no_grad(), _exact(self.device):
-            return self._model.encode_image((images.to(self.device) - self._mean) / self._std).float().cpu()
+        with torch.no_grad(), exact(self.device):
+            return self._see((images.to(self.device) - self._mean) / self._std).float().cpu()
 
-    def encode_text(self, texts: list[str]) -> Tensor:
-        parts = [torch.zeros((0, self.dim))]
-        with torch.no_grad(), _exact(self.device):
-            for start in range(0, len(texts), self.batch):
-                ids = self._tokens(texts[start : start + self.batch]).to(self.device)
-                parts.append(self._model.encode_text(ids).float().cpu())
-        return torch.cat(parts)
+    def _see(self, images: Tensor) -> Tensor:
+        """Normalised (B, 3, S, S) on the device -> (B, D)."""
+        raise NotImplementedError
 
 
 def load(name: str, device: str = "cpu") -> Features:
-    """The extractor of this name: zoo:NAME, or local-dir:FOLDER of an open_clip model.
+    """The extractor of this name: one of THERE, zoo:NAME, or the path of a file or folder that says what it is.
 
-    Raises UserError with what there is.
+    Raises UserError with what there is, and MissingOffline for weights that are not on this machine and cannot be fetched.
     """
-    kind, _, where = name.partition(":")
+    from . import _open_clip, _timm, _torchscript
+
+    kind, colon, where = name.partition(":")
     if kind == "zoo" and where in _embedded():
-        return OpenClip(name, ZOO / where, device)
+        return _open_clip.from_folder(name, ZOO / where, device)
     if kind == "local-dir":
         folder = Path(where).expanduser()
         if not where or not folder.is_dir():
             raise UserError(f"features {name!r}: no such folder. Give local-dir:FOLDER with an open_clip model in it.")
-        return OpenClip(f"local-dir:{folder.resolve().name}", folder, device)  # a record is read on other machines too
+        return _open_clip.from_folder(f"local-dir:{folder.resolve().name}", folder, device)
+    if kind == "inception" and (where or not colon):
+        return _torchscript.inception(where, device)
+    named = {"clip": _open_clip.named, "dinov2": _timm.named, "torchscript": _torchscript.named}
+    if kind in named:
+        return named[kind](where, device)
+    path = Path(name).expanduser()
+    if _torchscript.split(name)[0].suffix in SCRIPTS:
+        return _torchscript.named(name, device)
+    if name and path.is_dir() or path.suffix == ".safetensors" and path.is_file():
+        return _beside(path, device)
+    if path.suffix in PICKLES:
+        raise UserError(f"features {name!r}: lissom reads weights as safetensors or TorchScript, never as {path.suffix} files.")
+    if path.suffix == ".safetensors" or "/" in name and not colon:
+        raise UserError(f"features {name!r}: no such file or folder here.")
     known = [f"zoo:{n}" for n in _embedded()]
-    there = ", ".join([*known, "local-dir:FOLDER"])
+    there = ", ".join([*known, *(f"{n} ({what})" for n, what in THERE.items())])
+    raise UserError(f"no features {name!r}; there are {there}.{suggest(name, [*known, 'inception'])}")
+
+
+def _beside(path: Path, device: str) -> Features:
+    """Weights without the name of an architecture: the config beside them tells."""
+    from . import _open_clip, _timm
+
+    folder, weights = (path, None) if path.is_dir() else (path.parent, path)
+    if (folder / "open_clip_config.json").is_file():
+        return _open_clip.from_folder(f"local-dir:{folder.resolve().name}", folder, device, weights)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if isinstance(config, dict) and isinstance(config.get("architecture"), str):
+        return _timm.from_folder(folder, config, device, weights)
+    file = "FILE" if weights is None else path
     raise UserError(
-        f"no features {name!r}; there are {there} (an open_clip model). "
-        f"Inception and open_clip's downloads come with a later version.{suggest(name, known)}"
+        f'features {path}: neither an open_clip_config.json nor timm\'s config.json (with "architecture") is beside the weights. '
+        f"Say what they are: clip:ARCH/{file} or dinov2:NAME/{file}."
     )
 
 
@@ -130,50 +161,29 @@ def _embedded() -> list[str]:
     return sorted(path.parent.name for path in ZOO.glob("*/open_clip_config.json"))
 
 
-def _build(config: dict[str, Any], weights: Path) -> Any:
-    """The model itself. open_clip's own factory would do, but it may prefer a pickle and sets up the root logger."""
-    from open_clip.coca_model import CoCa
-    from open_clip.factory import load_checkpoint
-    from open_clip.model import CLIP, CustomTextCLIP
-
-    config = {k: dict(v) if isinstance(v, dict) else v for k, v in config.items()}
-    if "hf_model_name" in config["text_cfg"]:
-        raise UserError(f"{weights.parent}: its text tower {config['text_cfg']['hf_model_name']!r} would come from a hub.")
-    if "timm_model_name" in config["vision_cfg"]:
-        config["vision_cfg"]["timm_model_pretrained"] = False  # the weights are in the file
-    custom = config.pop("custom_text", False)
-    kind = CLIP if not custom else CoCa if "multimodal_cfg" in config else CustomTextCLIP
-    model = kind(**config)
-    load_checkpoint(model, str(weights), strict=True)
-    return model
+def weights_in(folder: Path, names: tuple[str, ...]) -> Path:
+    """The first of these files that the folder holds. Raises UserError: the weights must be safetensors."""
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{folder}: no {names[0]} in it. lissom reads weights as safetensors, never as pickles.")
+    return found
 
 
-def _tokenizer(text: dict[str, Any], folder: Path) -> Any:
-    """Texts -> token ids (B, context), with the tokenizer files of the folder if its config says so, else CLIP's own."""
-    from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
-
-    context = text.get("context_length", DEFAULT_CONTEXT_LENGTH)
-    options = text.get("tokenizer_kwargs", {})
-    if text.get("hf_tokenizer_name"):
-        return HFTokenizer(str(folder), context_length=context, tokenizer_mode=text.get("tokenizer_mode"), **options)
-    return SimpleTokenizer(context_length=context, **options)
-
-
-def _normalisation(preprocess: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-
-    return tuple(preprocess.get("mean", OPENAI_DATASET_MEAN)), tuple(preprocess.get("std", OPENAI_DATASET_STD))
-
-
-def _square(size: int | tuple[int, int]) -> int:
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) != 1:
-        raise ValueError(f"images must be square, this model wants {size}")
-    return sides.pop()
+def local_weights(name: str, where: str) -> Path:
+    """The safetensors file that a name ends in. Raises UserError if there is none, or if it is a pickle."""
+    path = Path(where).expanduser()
+    if path.suffix != ".safetensors":
+        raise UserError(f"features {name!r}: lissom reads weights as safetensors, never as {path.suffix or 'other'} files.")
+    if not path.is_file():
+        absolute = (
+            f" Its absolute path needs a second slash: {name[: -len(where)]}/{where}." if Path("/" + where).is_file() else ""
+        )
+        raise UserError(f"features {name!r}: no file {path} here.{absolute}")
+    return path
 
 
 @contextmanager
-def _exact(device: torch.device) -> Iterator[None]:
+def exact(device: torch.device) -> Iterator[None]:
     """Full float32 on CUDA, where convolutions would round to 10 bits by default and pick kernels by trial."""
     if device.type != "cuda":
         yield
@@ -182,13 +192,13 @@ def _exact(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: cannot be read ({e}).") from e
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

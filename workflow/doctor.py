@@ -1,6 +1,5 @@
 """What is installed, what is missing, and what is known not to work together."""
 
-import os
 import platform
 from importlib import metadata
 from typing import Any
@@ -8,10 +7,11 @@ from typing import Any
 from .. import __version__
 from ..core import models
 from ..core.errors import UserError
+from ..evaluate import _download
 
 PACKAGES = (
     "torch", "torchvision", "diffusers", "transformers", "accelerate", "optuna", "deap", "torch-pruning", "clean-fid",
-    "open_clip_torch", "scipy", "numpy", "typer", "pydantic",
+    "open_clip_torch", "timm", "scipy", "numpy", "typer", "pydantic",
 )  # fmt: skip
 
 
@@ -36,7 +36,18 @@ def examine() -> dict[str, Any]:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError) as e:
         problems.append(f"torchvision does not fit torch ({' '.join(str(e).split())[:120]}). Install the pair of one release.")
-    found["hub"] = "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else "downloads when a hub id is given"
+    forbidden = _download.offline()
+    found["hub"] = f"offline ({forbidden})" if forbidden else "downloads when a hub id is given"
+    place = _download.cache() / _download.INCEPTION.name
+    try:
+        if place.is_file():
+            found["features:inception"] = f"ok ({_download.fetch(_download.INCEPTION)})"
+        elif forbidden:
+            found["features:inception"] = f"missing: offline, so put it at {place}"
+        else:
+            found["features:inception"] = f"not in the cache, downloaded to {place} when asked for"
+    except UserError as e:
+        problems.append(str(e))
     for name in models.zoo():
         try:
             models.check_folder(models.ZOO / name)

@@ -77,12 +77,50 @@ def test_nan_is_named(copy: Path) -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(UserError, match=r"no features 'inception'; there are .*local-dir:FOLDER.*Inception.*later version"):
-        _features.load("inception")
-    with pytest.raises(UserError, match="no features 'zoo:nothing'"):
-        _features.load("zoo:nothing")
-    with pytest.raises(UserError, match="no such folder"):
-        _features.load("local-dir:/nowhere/at/all")
+    def refused(name: str, match: str) -> None:
+        with pytest.raises(UserError, match=match) as e:
+            _features.load(name)
+        assert e.value.exit_code == 2
+
+    refused(
+        "inceptoin", r"no features 'inceptoin'; there are zoo:judge, inception .*clip:.*dinov2:.*Did you mean 'inception'\?"
+    )
+    refused("zoo:nothing", "no features 'zoo:nothing'")
+    refused("local-dir:/nowhere/at/all", "no such folder")
+    refused("nowhere/at/all", "no such file or folder here")
+    refused("weights.safetensors", "no such file or folder here")
+    refused("weights.bin", "never as .bin files")
+    refused("", "no features ''")
+
+
+def test_a_path_that_says_itself_what_it_is(judge: Features, judge_folder: Path, copy: Path, tmp_path: Path) -> None:
+    for name in (str(judge_folder), str(judge_folder / "open_clip_model.safetensors")):
+        loaded = _features.load(name)
+        assert (loaded.name, loaded.hash, loaded.classes) == (judge.name, judge.hash, judge.classes)
+    (copy / "open_clip_model.safetensors").rename(copy / "step-9.safetensors")
+    assert _features.load(str(copy / "step-9.safetensors")).name == "local-dir:copy/step-9.safetensors"
+    lone = tmp_path / "lone.safetensors"
+    shutil.copy(judge_folder / "open_clip_model.safetensors", lone)
+    for path in (lone, tmp_path):
+        with pytest.raises(UserError, match=r"beside the weights. Say what they are: clip:ARCH/.* or dinov2:NAME/"):
+            _features.load(str(path))
+
+
+def test_classes_by_their_captions(judge: Features, judge_folder: Path) -> None:
+    assert judge.has_probabilities and judge.classes is not None
+    features, captions = judge.extract(images(5, size=32)), judge.encode_text([row["caption"] for row in judge.classes])
+    found = judge.probabilities(features, captions)
+    assert found.dtype == torch.float32 and found.shape == (5, 3)
+    cosine = torch.nn.functional.cosine_similarity(features.double()[:, None], captions.double()[None], dim=2)
+    by_hand = (cosine / 0.07).exp()  # open_clip's initial temperature
+    torch.testing.assert_close(found.double(), by_hand / by_hand.sum(1, keepdim=True), rtol=2e-3, atol=1e-6)  # saved in fp16
+    torch.testing.assert_close(judge.probabilities(features), found)
+
+
+def test_truncated_texts_are_counted(judge: Features) -> None:
+    assert judge.truncated(["a bag", "abcdef", "abcdefg", "abcdefgh " * 9, ""]) == 2  # 8 tokens, two of them start and end
+    assert judge.truncated([]) == 0
+    torch.testing.assert_close(judge.encode_text(["abcdefg"]), judge.encode_text(["abcdefh"]))
 
 
 def test_folders_that_are_no_model(copy: Path) -> None:
@@ -99,6 +137,12 @@ def test_folders_that_are_no_model(copy: Path) -> None:
     refused("open_clip cannot build this model")
     rewrite({"text_cfg": {"hf_model_name": "roberta-base"}})
     refused("text tower 'roberta-base' would come from a hub")
+    rewrite({})
+    (copy / "tokenizer.json").rename(copy / "elsewhere.json")  # transformers would make up an empty one
+    refused("its tokenizer is missing: put its tokenizer.json")
+    (copy / "elsewhere.json").rename(copy / "tokenizer.json")
+    (copy / "open_clip_config.json").write_text("[]")
+    refused("open_clip_config.json: holds no open_clip config")
     (copy / "open_clip_config.json").write_text("{")
     refused("open_clip_config.json: cannot be read")
     (copy / "open_clip_config.json").unlink()
@@ -117,6 +161,9 @@ def test_damaged_weights(copy: Path) -> None:
 def test_without_a_text_tower() -> None:
     with pytest.raises(UserError, match="means cannot read text"):
         Means().encode_text(["a"])
+    with pytest.raises(UserError, match="means cannot tell classes; choose inception, or .*classes.json"):
+        Means().probabilities(torch.zeros(1, 4))
+    assert not Means().has_probabilities and Means().truncated(["a"]) == 0
 
 
 @pytest.mark.skipif(
@@ -129,3 +176,4 @@ def test_the_embedded_judge() -> None:
     text = torch.nn.functional.normalize(judge.encode_text([row["caption"] for row in judge.classes]))
     assert (text @ text.T - torch.eye(10)).max() < 0.9  # ten captions, ten directions
     assert judge.extract(images(2, size=28)).shape == (2, 64)
+    assert judge.has_probabilities and judge.truncated(["a photo of a dress", "a photo of " * 99]) == 1
