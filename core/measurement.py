@@ -3,13 +3,17 @@
 import math
 import random
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from .candidate import Data, Request, Seeds
 
 REPLICATES = 40  # half-samples behind an interval, in 20 pairs; the standard error is known to about 1 / sqrt(2 * 20) = 16 %
+Z_POWER = 2.8016  # z_0.975 + z_0.8 of the normal distribution: a 95 % interval and a power of 80 %
+# What a distance is called with Inception's features, and with any others: only the first are comparable with papers.
+INCEPTIONS = {"fid": "FID", "fid_infinity": "FID∞", "kid": "KID"}
+OTHERS = {"fid": "FD", "fid_infinity": "FD∞", "kid": "KD"}
 T_95 = 2.085963  # two-sided 95 % quantile of Student's t with 20 degrees of freedom: the halves come in 20 opposite pairs
 
 
@@ -21,7 +25,7 @@ class Measurement(Data):
     the standard error of `value`. Their mean is not used: a Frechet distance over n/2 images is biased upward.
     """
 
-    metric: str  # the metric's file in evaluate/: fid, clip_score, accuracy, ...
+    metric: str  # fid, clip_score, accuracy, …: a file in evaluate/, or a part of what it measures (recall, latency_p90, …)
     value: float
     unit: str = ""
     direction: Literal["lower", "higher"]  # which way is better
@@ -32,21 +36,24 @@ class Measurement(Data):
     prompts: str | None = None  # hash of the conditions
     seeds: Seeds | None = None
     replicates: tuple[float, ...] = ()
+    exact: bool = False  # counted, not sampled: parameters, MACs
+    settings: dict[str, Any] = Field(default_factory=dict)  # of the metric, where they are not its defaults
+    conditions: dict[str, str] = Field(default_factory=dict)  # of what depends on the machine: batch, threads, graphics card, …
     versions: dict[str, str] = Field(default_factory=dict)
     device: str = "cpu"
     dtype: str = "float32"
 
     @property
     def label(self) -> str:
-        """The name to print, with the features behind it: no two models' values compare. FID alone is Inception's."""
-        if self.metric == "fid" and self.features == "inception":
-            return "FID"
-        name = "FD" if self.metric == "fid" else self.metric
+        """The name to print, with the features behind it: no two models' values compare. FID and KID alone are Inception's."""
+        if self.features == "inception" and self.metric in INCEPTIONS:
+            return INCEPTIONS[self.metric]
+        name = OTHERS.get(self.metric, self.metric)
         return f"{name}[{self.features}]" if self.features else name
 
     @property
     def standard_error(self) -> float | None:
-        return _spread(self.replicates)
+        return 0.0 if self.exact else _spread(self.replicates)
 
     def interval(self) -> tuple[float, float] | None:
         """95 % interval of the value, or None without replicates."""
@@ -111,10 +118,12 @@ def ratio(a: Measurement, b: Measurement) -> tuple[float, tuple[float, float] | 
     The spread is that of the replicates relative to the full values, by the delta method on log(a / b). The replicates' own
     ratios would be too even: a Frechet distance over half the images is larger by its bias, above and below the line.
     """
+    if b.value == 0:
+        return (1.0 if a.value == 0 else math.copysign(math.inf, a.value)), None
     value = a.value / b.value
     if not _known(a, b) or a.value <= 0 or b.value <= 0:
         return value, None
-    error = _paired([x / a.value for x in a.replicates], [x / b.value for x in b.replicates], _same_halves(a, b))
+    error = _paired([x / a.value for x in a.replicates], [x / b.value for x in b.replicates], paired(a, b))
     return value, (value * math.exp(-T_95 * error), value * math.exp(T_95 * error))
 
 
@@ -123,7 +132,7 @@ def difference(a: Measurement, b: Measurement) -> tuple[float, tuple[float, floa
     value = a.value - b.value
     if not _known(a, b):
         return value, None
-    error = _paired(a.replicates, b.replicates, _same_halves(a, b))
+    error = _paired(a.replicates, b.replicates, paired(a, b))
     return value, (value - T_95 * error, value + T_95 * error)
 
 
@@ -132,8 +141,21 @@ def _known(a: Measurement, b: Measurement) -> bool:
     return a.standard_error is not None and b.standard_error is not None
 
 
-def _same_halves(a: Measurement, b: Measurement) -> bool:
-    return (a.seeds, a.n, a.prompts) == (b.seeds, b.n, b.prompts)
+def images_needed(measured: Measurement, difference: float) -> int | None:
+    """Images on each side that show a difference of this size, where the two sides have other seeds. None without an interval.
+
+    The textbook n = 2 (z_0.975 + z_0.8)^2 s^2 / difference^2 with s^2 / n the squared standard error: a 95 % interval that leaves
+    out zero four times in five. On the same seeds fewer do, as far as the two sets of images agree.
+    """
+    error = measured.standard_error
+    if error is None or measured.seeds is None or difference <= 0:
+        return None
+    return max(4, math.ceil(measured.n * 2 * (Z_POWER * error / difference) ** 2))
+
+
+def paired(a: Measurement, b: Measurement) -> bool:
+    """Whether both are of the same seeds and conditions, so that their half-samples hold the same images."""
+    return a.seeds is not None and (a.seeds, a.n, a.prompts) == (b.seeds, b.n, b.prompts)
 
 
 def _paired(a: Sequence[float], b: Sequence[float], same_seeds: bool) -> float:

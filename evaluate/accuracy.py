@@ -4,15 +4,14 @@ An image counts when the caption of its class is, among the captions of all clas
 generators: Ravuri and Vinyals, https://arxiv.org/abs/1905.10887, with a fixed classifier in place of a retrained one.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 from ..core.errors import UserError
-from ._sample import Sample, Score, mean_score
+from ._sample import Part, Sample, Score, mean_score
 
-direction: Literal["lower", "higher"] = "higher"
-unit = "share"  # 0..1
+parts = {"accuracy": Part("higher", "share")}  # 0..1
 needs = frozenset({"features", "text", "labels"})
 
 

@@ -4,14 +4,13 @@ The value is the raw mean cosine (Sec. 3 without the factor w = 2.5 and without 
 x 100. It depends on the model that reads both, so only values of the same features compare.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from ._sample import Sample, Score, mean_score
+from ._sample import Part, Sample, Score, mean_score
 
-direction: Literal["lower", "higher"] = "higher"
-unit = "cosine"  # -1..1
+parts = {"clip_score": Part("higher", "cosine")}  # -1..1
 needs = frozenset({"features", "text", "captions"})
 
 

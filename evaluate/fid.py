@@ -4,15 +4,15 @@ The name FID is kept for Inception features; with others the same formula (Eq. 6
 The value over N images is biased upward by about 1/N (Chong and Forsyth, 1911.07023): compare equal N only.
 """
 
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 from ..core.errors import UserError
-from ._sample import Sample, Score
+from ._sample import Part, Sample, Score
 
-direction: Literal["lower", "higher"] = "lower"
-unit = ""  # squared units of the features
+parts = {"fid": Part("lower")}  # squared units of the features
 needs = frozenset({"features", "reference"})
 
 
@@ -32,3 +32,12 @@ def evaluate(sample: Sample, config: Config) -> Score:
     value = _frechet.distance(sample.features, mean, root)
     replicates = _frechet.over_halves(sample.features, sample.halves, mean, root)
     return Score(value.item(), tuple(replicates.tolist()))
+
+
+def bias(value: float, replicates: Sequence[float]) -> float | None:
+    """About how far the value lies above that of infinitely many images; None without replicates.
+
+    With a bias of c / N, half-samples lie another c / N higher. Where features outnumber images the bias grows slower
+    than that as images get fewer, and the real one is larger still.
+    """
+    return sum(replicates) / len(replicates) - value if replicates else None

@@ -83,14 +83,15 @@ def quoted(measured: Measurement | None) -> str:
 def bracketed(value: float, interval: tuple[float, float] | None) -> str:
     """Rounded to what the interval supports: its half-width keeps one or two digits.
 
-    >>> bracketed(12.3456, (11.9, 12.8)), bracketed(1.6329, (1.55, 1.71)), bracketed(20.123456, None)
-    ('12.3 [11.9, 12.8]', '1.63 [1.55, 1.71]', '20.12 (no interval)')
+    >>> bracketed(12.3456, (11.9, 12.8)), bracketed(1.6329, (1.55, 1.71)), bracketed(20.123456, None), bracketed(988.02, (988.02,) * 2)
+    ('12.3 [11.9, 12.8]', '1.63 [1.55, 1.71]', '20.12 (no interval)', '988.0 [988.0, 988.0]')
     """
     if interval is None:
         return f"{short(value)} (no interval)"
     low, high = interval
     half = (high - low) / 2
-    digits = min(6, max(0, math.ceil(-math.log10(half / 2)))) if half > 0 else 4
+    scale = math.floor(math.log10(abs(value))) if value else 0
+    digits = min(6, max(0, math.ceil(-math.log10(half / 2)) if half > 0 else 3 - scale))
     return f"{value:z.{digits}f} [{low:z.{digits}f}, {high:z.{digits}f}]"  # z: no minus before a zero
 
 

@@ -102,11 +102,83 @@ def test_one_image_is_refused() -> None:
         _frechet.distance(torch.ones(1, 5), *reference(white(50, 5)))
 
 
-@pytest.mark.parametrize("chunk", [1, 2**24])
-def test_halves_one_by_one_or_stacked(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(_frechet, "CHUNK", chunk)
+@pytest.mark.parametrize("n, d, r", [(101, 7, 7), (101, 7, 3), (60, 90, 90), (120, 90, 90), (200, 90, 90), (40, 90, 15)])
+def test_subsets_are_what_distance_gives(n: int, d: int, r: int) -> None:  # by inner products and by scatter, and both in turn
+    mix = normal(r, d, 7)
+    x, target = normal(n, d, 0) + 2, reference(normal(200, r, 1) @ mix + 0.2)
+    subsets = _frechet.Subsets(x, *target)
+    order = torch.randperm(n, generator=G().manual_seed(2)).tolist()
+    sizes = [2, 3, n // 4, n // 2, n - 1, n]
+    expected = [_frechet.distance(x[order[:size]], *target).item() for size in sizes]
+    assert subsets.nested(order, sizes).tolist() == pytest.approx(expected, rel=1e-6)
+    assert subsets.nested(order, sizes[3:]).tolist() == pytest.approx(expected[3:], rel=1e-7)
+
+
+def test_over_halves() -> None:
     x, target = normal(101, 7, 0), reference(normal(200, 7, 1) + 0.2)
     halves = half_samples(101)
     expected = [_frechet.distance(x[list(half)], *target).item() for half in halves]
     assert _frechet.over_halves(x, halves, *target).tolist() == pytest.approx(expected, rel=1e-9)
     assert _frechet.over_halves(x, (), *target).tolist() == []
+    same = _frechet.over_halves(torch.ones(8, 7), half_samples(8), *target)  # images all alike: nothing below zero, no NaN
+    assert same.tolist() == pytest.approx([_frechet.distance(torch.ones(8, 7), *target).item()] * 40, rel=1e-7)
+
+
+@pytest.mark.parametrize("n1, n2", [(400, 500), (40, 500), (500, 40), (30, 20)])
+def test_from_covariances(n1: int, n2: int) -> None:
+    """The same as from roots, with either or both singular; clean-fid agrees to what its own root loses there."""
+    scale = torch.logspace(0, -3, 64, dtype=torch.float64)
+    x, y = normal(n1, 64, 1) * scale, 1.1 * normal(n2, 64, 2) * scale + 0.01
+    (m1, c1), (m2, c2) = ((z.mean(0), torch.cov(z.T)) for z in (x, y))
+    found = _frechet.between_covariances(m1, c1, m2, c2)
+    assert found == pytest.approx(_frechet.between(*reference(x), *reference(y)), rel=1e-9)
+    assert found == pytest.approx(cleanfid(x, y), rel=1e-6 if min(n1, n2) > 64 else 1e-4)
+
+
+def test_roots_reproduce_their_covariance() -> None:
+    for n, rank in ((20, 19), (200, 32)):
+        covariance = torch.cov((normal(n, 32, 0) @ normal(32, 32, 1)).T)
+        root = _frechet.root(covariance)
+        assert root.shape == (32, rank)
+        assert torch.allclose(root @ root.T, covariance, rtol=0, atol=1e-12 * covariance.trace().item())
+
+
+def test_a_singular_covariance_whose_distance_is_known() -> None:
+    """C1 and C2 share their axes, so the distance is the sum of (s1 - s2)^2; clean-fid's root loses half of the digits."""
+    axes = torch.linalg.qr(normal(128, 128, 0)).Q
+    s1 = torch.arange(1, 129, dtype=torch.float64) ** -0.6
+    s2 = s1 * (1 + 0.1 * normal(1, 128, 1)[0]) * (torch.arange(128) < 60)
+    c1, c2 = ((axes.T * s.square()) @ axes for s in (s1, s2))
+    expected, zero = (s1 - s2).square().sum().item(), torch.zeros(128, dtype=torch.float64)
+    assert _frechet.between_covariances(zero, c1, zero, c2) == pytest.approx(expected, rel=1e-10)
+    assert _frechet.between(zero, _frechet.root(c1), zero, _frechet.root(c2)) == pytest.approx(expected, rel=1e-10)
+
+
+def test_where_small_eigenvalues_would_be_felt_the_accurate_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variances over 14 decades, and hardly any distance: squared singular values would be noise."""
+    s = torch.logspace(0, -6.5, 100, dtype=torch.float64)
+    zero = torch.zeros(100, dtype=torch.float64)
+    c1, c2 = torch.diag(s.square()), torch.diag((s * 1.0001).square())
+    asked, between = [], _frechet.between
+
+    def spy(*args: Tensor) -> float:
+        asked.append(between(*args))
+        return asked[-1]
+
+    monkeypatch.setattr(_frechet, "between", spy)
+    found = _frechet.between_covariances(zero, c1, zero, c2)
+    assert asked == [found]
+    assert found == pytest.approx((1e-4 * s).square().sum().item(), rel=1e-5)
+
+
+def test_samples_of_known_gaussians_converge() -> None:
+    """|m|^2 + sum (s1 - s2)^2 for axes in common; the excess is about halved when the images are doubled."""
+    s1, s2 = torch.linspace(1, 2, 12, dtype=torch.float64), torch.linspace(2, 0.5, 12, dtype=torch.float64)
+    expected = 12 * 0.3**2 + (s1 - s2).square().sum().item()
+    target = (torch.zeros(12, dtype=torch.float64), torch.diag(s2))
+    means = []
+    for n in (100, 200, 20_000):
+        found = [_frechet.distance(normal(n, 12, seed) * s1 + 0.3, *target).item() for seed in range(200 if n < 1000 else 3)]
+        means.append(sum(found) / len(found))
+    assert means[2] == pytest.approx(expected, rel=0.02)
+    assert (means[0] - expected) / (means[1] - expected) == pytest.approx(2, rel=0.3)

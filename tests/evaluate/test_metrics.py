@@ -1,5 +1,6 @@
 """Each metric by hand, and what the Scorer records and refuses."""
 
+import dataclasses
 import statistics as stdlib
 from collections.abc import Sequence
 from itertools import pairwise
@@ -12,8 +13,8 @@ from lissom.core.errors import UserError
 from lissom.core.measurement import Measurement, half_samples
 from lissom.evaluate import _frechet, accuracy, clip_score, fid
 from lissom.evaluate._features import Features
-from lissom.evaluate._sample import Sample, mean_score
-from lissom.evaluate._scorer import Scorer
+from lissom.evaluate._sample import NEEDS, Sample, mean_score
+from lissom.evaluate._scorer import Made, Scorer, Shown, View
 from lissom.evaluate._statistics import Statistics, of
 from lissom.tests.evaluate.judge import Means, Words, images
 from torch import Tensor
@@ -32,18 +33,27 @@ def score(
     n, collector = len(pixels), scorer.collect()
     captions, labels = captions or [None] * n, labels or [None] * n
     for i in range(0, n, batch):
-        collector.add(pixels[i : i + batch], captions[i : i + batch], labels[i : i + batch])
+        collector.add(Shown(pixels[i : i + batch]), captions[i : i + batch], labels[i : i + batch])
+    return {m.metric: m for m in collector.finish(made(n))}
+
+
+def made(n: int, **changes: object) -> Made:
     seeds = Seeds(role="search", base=0, count=n)
-    found = collector.finish(seeds=seeds, prompts_hash="p" * 64, replicates=True, device="cpu", dtype="float32")
-    return {m.metric: m for m in found}
+    return dataclasses.replace(Made(seeds, "p" * 64, "cpu", "float32"), **changes)  # type: ignore[arg-type]
+
+
+def scorer_of(metrics: Sequence[str], features: Features, target: Statistics | None, **settings: object) -> Scorer:
+    """Every metric by the same view."""
+    return Scorer(dict.fromkeys(metrics, View(features, target)), **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", methods.names("evaluate"))
 def test_every_metric_keeps_the_contract(name: str) -> None:
     module = methods.load("evaluate", name)
-    assert module.direction in ("lower", "higher") and isinstance(module.unit, str) and module.__doc__
-    assert module.needs <= {"features", "reference", "text", "captions", "labels"}
-    assert module.Config.paper.startswith("https://")
+    assert module.parts and module.__doc__ and all("." not in part and "@" not in part for part in module.parts)
+    assert all(part.direction in ("lower", "higher") for part in module.parts.values())
+    assert module.needs and module.needs <= NEEDS
+    assert module.Config.paper.startswith("https://") or module.needs == {"rig"}  # a count and a clock have no paper
     assert module.Config.model_config["frozen"] and module.Config.model_config["extra"] == "forbid"
 
 
@@ -67,7 +77,7 @@ def test_clip_score_is_the_mean_cosine_in_open_clip(judge: Features) -> None:
     with torch.no_grad():
         image = model.encode_image(pixels.permute(0, 3, 1, 2) / 127.5 - 1, normalize=True)
         text = model.encode_text(judge._tokens(captions), normalize=True)  # type: ignore[attr-defined]
-    found = score(Scorer(["clip_score"], judge, None), pixels, captions)["clip_score"]
+    found = score(scorer_of(["clip_score"], judge, None), pixels, captions)["clip_score"]
     assert found.value == pytest.approx((image * text).sum(1).mean().item(), abs=1e-6)
     assert (found.unit, found.direction, found.features, found.reference) == ("cosine", "higher", judge.name, None)
 
@@ -101,7 +111,7 @@ def test_half_samples_estimate_the_standard_error_of_a_mean() -> None:  # s / sq
 def test_scorer_in_one_go_and_in_batches() -> None:
     extractor, pixels = Words(), images(30)
     captions, labels = ["rg", "b", "gx"] * 10, [0, 2, 1] * 10
-    scorer = Scorer(ALL, extractor, reference(extractor))
+    scorer = scorer_of(ALL, extractor, reference(extractor))
     whole, parts = (score(scorer, pixels, captions, labels, batch) for batch in (30, 7))
     assert list(whole) == list(ALL)
     for name in ALL:
@@ -117,7 +127,7 @@ def test_scorer_in_one_go_and_in_batches() -> None:
 def test_what_a_measurement_carries() -> None:
     extractor = Words()
     target = reference(extractor)
-    found = score(Scorer(ALL, extractor, target), images(8), ["r"] * 8, [0] * 8)
+    found = score(scorer_of(ALL, extractor, target), images(8), ["r"] * 8, [0] * 8)
     m = found["fid"]
     assert (m.label, m.reference, m.resize, m.n, m.prompts) == ("FD[means]", target.hash, "clean-bicubic-8", 8, "p" * 64)
     assert m.seeds == Seeds(role="search", base=0, count=8) and m.versions["features"] == extractor.hash[:16]
@@ -126,12 +136,11 @@ def test_what_a_measurement_carries() -> None:
 
 
 def test_replicates_can_be_left_out_and_need_four_images() -> None:
-    scorer = Scorer(["fid"], Means(), reference(Means()))
+    scorer = scorer_of(["fid"], Means(), reference(Means()))
     assert score(scorer, images(3))["fid"].replicates == ()
     collector = scorer.collect()
-    collector.add(images(8), [None] * 8, [None] * 8)
-    seeds = Seeds(role="report", base=0, count=8)
-    (m,) = collector.finish(seeds=seeds, prompts_hash=None, replicates=False, device="cuda", dtype="float16")
+    collector.add(Shown(images(8)), [None] * 8, [None] * 8)
+    (m,) = collector.finish(made(8, replicates=False, device="cuda", dtype="float16"))
     assert m.replicates == () and (m.device, m.dtype) == ("cuda", "float16")
 
 
@@ -141,7 +150,7 @@ def test_id_changes_with_all_that_makes_values_comparable() -> None:
     other = Words()
     other.hash = "0" * 64
     ids = [
-        Scorer(metrics, features, given).id
+        scorer_of(metrics, features, given).id
         for metrics, features, given in [
             (ALL, extractor, target),
             (["fid"], extractor, target),
@@ -151,8 +160,8 @@ def test_id_changes_with_all_that_makes_values_comparable() -> None:
         ]
     ]
     assert len(set(ids)) == 5 and len(ids[0]) == 64
-    assert Scorer(ALL, Words(), target).id == ids[0]
-    assert Scorer(["clip_score"], extractor, None).id == ids[3]  # a reference that no metric reads does not count
+    assert scorer_of(ALL, Words(), target).id == ids[0]
+    assert scorer_of(["clip_score"], extractor, None).id == ids[3]  # a reference that no metric reads does not count
     assert all(a != b for a, b in pairwise(ids))
 
 
@@ -164,7 +173,7 @@ def test_every_text_is_encoded_once() -> None:
             asked.extend(texts)
             return super().encode_text(texts)
 
-    scorer = Scorer(["clip_score", "accuracy"], Counted(), None)
+    scorer = scorer_of(["clip_score", "accuracy"], Counted(), None)
     for _ in range(3):
         score(scorer, images(8), ["r", "gg"] * 4, [0] * 8)
     assert sorted(asked) == ["b", "g", "gg", "r"]
@@ -173,13 +182,13 @@ def test_every_text_is_encoded_once() -> None:
 def test_what_is_missing_is_said_before_any_work() -> None:
     words, means = Words(), Means()
     with pytest.raises(UserError, match=r"fid needs reference images: give a folder"):
-        Scorer(["fid"], means, None)
+        scorer_of(["fid"], means, None)
     with pytest.raises(UserError, match="clip_score compares images with text, which means cannot read"):
-        Scorer(["clip_score"], means, None)
+        scorer_of(["clip_score"], means, None)
     words.classes = None
     with pytest.raises(UserError, match="accuracy needs features that know the classes; means has no classes.json"):
-        Scorer(["accuracy"], words, None)
-    scorer = Scorer(["clip_score", "accuracy"], Words(), None)
+        scorer_of(["accuracy"], words, None)
+    scorer = scorer_of(["clip_score", "accuracy"], Words(), None)
     with pytest.raises(UserError, match="clip_score needs a caption for every image"):
         scorer.check(has_captions=False, has_labels=True)
     with pytest.raises(UserError, match="accuracy needs a label for every image"):
@@ -192,17 +201,17 @@ def test_what_is_missing_is_said_before_any_work() -> None:
 def test_wrong_metrics_settings_and_references() -> None:
     target = reference(Means())
     with pytest.raises(UserError, match=r"no method 'fdi' in evaluate/; .*Did you mean 'fid'"):
-        Scorer(["fdi"], Means(), target)
-    with pytest.raises(UserError, match="no metric to evaluate; there are accuracy, clip_score, fid"):
-        Scorer([], Means(), target)
+        scorer_of(["fdi"], Means(), target)
+    with pytest.raises(UserError, match="no metric to evaluate; there are accuracy, clip_score"):
+        scorer_of([], Means(), target)
     with pytest.raises(UserError, match=r"settings of fid: wings: Extra inputs are not permitted, got 2"):
-        Scorer(["fid"], Means(), target, settings={"fid": {"wings": 2}})
+        scorer_of(["fid"], Means(), target, settings={"fid": {"wings": 2}})
     with pytest.raises(UserError, match="settings for 'kid', which is not among the metrics fid"):
-        Scorer(["fid"], Means(), target, settings={"kid": {}})
+        scorer_of(["fid"], Means(), target, settings={"kid": {}})
     other = Means()
     other.name = "others"
     with pytest.raises(UserError, match="reference: made by means .* with others"):
-        Scorer(["fid"], other, target)
+        scorer_of(["fid"], other, target)
 
 
 def test_nan_features_are_said() -> None:
@@ -210,25 +219,26 @@ def test_nan_features_are_said() -> None:
         def forward(self, batch: Tensor) -> Tensor:
             return super().forward(batch) * torch.tensor([1, 1, 1, float("nan")])
 
-    scorer = Scorer(["fid"], Broken(), reference(Means()))
+    scorer = scorer_of(["fid"], Broken(), reference(Means()))
     with pytest.raises(UserError, match="means: features of 3 of 3 images are not finite"):
-        scorer.collect().add(images(3), [None] * 3, [None] * 3)
+        scorer.collect().add(Shown(images(3)), [None] * 3, [None] * 3)
 
 
 def test_misuse_is_an_internal_error() -> None:
-    collector = Scorer(["fid"], Means(), reference(Means())).collect()
+    collector = scorer_of(["fid"], Means(), reference(Means())).collect()
     with pytest.raises(ValueError, match="3 images, 2 captions and 3 labels"):
-        collector.add(images(3), [None] * 2, [None] * 3)
-    collector.add(images(3), [None] * 3, [None] * 3)
+        collector.add(Shown(images(3)), [None] * 2, [None] * 3)
+    collector.add(Shown(images(3)), [None] * 3, [None] * 3)
     with pytest.raises(ValueError, match="3 images for 4 seeds"):
-        collector.finish(
-            seeds=Seeds(role="search", base=0, count=4), prompts_hash=None, replicates=True, device="cpu", dtype="float32"
-        )
+        collector.finish(made(4))
 
 
 def test_metric_configs_import_without_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys; from lissom.evaluate import accuracy, clip_score, fid; assert 'torch' not in sys.modules, 'torch'"
+    code = (
+        "import sys; from lissom.core import methods; [methods.load('evaluate', n) for n in methods.names('evaluate')]; "
+        "assert 'torch' not in sys.modules, 'torch'"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
