@@ -11,6 +11,7 @@ from ..core.candidate import Seeds
 from ..core.measurement import Measurement
 from ..core.sampling import Sampler
 from ..evaluate import _features, _reference
+from ..evaluate._scorer import View
 from ..workflow._evaluator import Evaluator
 from . import _results
 
@@ -26,8 +27,8 @@ def main() -> None:
         assert model.conditions is not None
         sampler = Sampler(model.pipe, model.conditions, call={"guidance_scale": 1.0})
         judge = _features.load("zoo:judge")
-        reference = _reference.load("zoo:fashion", judge, "report")
-        evaluator = Evaluator(model, sampler, model.conditions, judge, reference, ["fid", "clip_score", "accuracy"], {})
+        view = View(judge, _reference.load("zoo:fashion", judge, "report").statistics)
+        evaluator = Evaluator(model, sampler, model.conditions, dict.fromkeys(["fid", "clip_score", "accuracy"], view), {})
         seeds = Seeds(role="report", base=0, count=SAMPLES)
         score = evaluator.score(None, seeds, steps=STEPS, replicates=True, sheet=IMAGES / f"{name}-{STEPS}-steps.png")
         costs = cost.measure(model.pipe, {**model.conditions.arguments(range(1)), "guidance_scale": 1.0})

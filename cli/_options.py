@@ -44,7 +44,9 @@ Reference = Annotated[
     str | None, typer.Option("--reference", metavar="SRC", help="Image folder, zip, statistics file, zoo:NAME or teacher.")
 ]
 Features = Annotated[str | None, typer.Option("--features", help="Feature extractor behind Frechet distances, e.g. zoo:judge.")]
-Metrics = Annotated[str, typer.Option("--metrics", help="Comma-separated: fid, clip_score, accuracy.")]
+Metrics = Annotated[
+    str, typer.Option("--metrics", help="Comma-separated: fid, kid, clip_score, accuracy, … (all: docs/metrics.md).")
+]
 
 
 def seconds(text: str | None) -> float | None:
@@ -110,6 +112,36 @@ def shares(texts: list[str] | None) -> dict[str, Any]:
     for name, value in found.items():
         if not isinstance(value, int | float):
             raise typer.BadParameter(f"{name}={value}: write a share, e.g. macs=0.8.", param_hint="--budget")
+    return found
+
+
+def choices(texts: list[str] | None) -> str | dict[str, str] | None:
+    """`NAME` for all metrics, `METRIC=NAME` for one; a plain name where only that is given.
+
+    >>> choices(["inception", "clip_score=zoo:judge"]), choices(["./a=b"]), choices([])
+    ({'default': 'inception', 'clip_score': 'zoo:judge'}, './a=b', None)
+    """
+    from ..core.methods import names
+
+    found = {}
+    for text in texts or []:
+        metric, equals, name = text.partition("=")
+        single = bool(equals) and metric in names("evaluate")
+        found[metric if single else "default"] = name if single else text
+    return found["default"] if set(found) == {"default"} else found or None
+
+
+def numbers(texts: list[str] | None, flag: str) -> dict[str, float]:
+    """`metric=0.5` options as positive numbers."""
+    found = {}
+    for text in texts or []:
+        name, _, value = text.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = 0.0
+        if not 0 < found[name] < float("inf"):
+            raise typer.BadParameter(f"{text!r}: write a metric and a difference above 0, e.g. fid=0.5.", param_hint=flag)
     return found
 
 

@@ -67,7 +67,7 @@ class _Lines(_Counted):
     def phase(self, name: str, total: int) -> None:
         self.begin(name, total)
         self._last = time.monotonic()
-        print(f"{name}: {total} to score", file=sys.stderr, flush=True)
+        print(f"{name}: {total} to do", file=sys.stderr, flush=True)
 
     def advance(self, note: str = "", *, fresh: bool = True) -> None:
         self.add(fresh)

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..core.errors import INTERNAL, INTERRUPTED, UserError
-from . import doctor, evaluate, inspect, prune, recipes, report, run, sample, search
+from . import compare, doctor, evaluate, inspect, prune, recipes, report, run, sample, search, stats
 from ._method import MethodCommand
 
 
@@ -54,10 +54,12 @@ app = typer.Typer(
 app.command("search", cls=MethodCommand)(search.search)
 app.command("prune", cls=MethodCommand)(prune.prune)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
 app.command("sample")(sample.sample)
 app.command("run")(run.run)
 app.command("report")(report.report)
 app.command("inspect")(inspect.inspect)
+app.add_typer(stats.app, name="stats")
 app.add_typer(recipes.app, name="recipes")
 app.command("doctor")(doctor.doctor)
 

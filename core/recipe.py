@@ -10,17 +10,30 @@ from pydantic import Field, ValidationError, model_validator
 from . import methods
 from .candidate import Data
 from .errors import UserError, one_line
+from .gates import Gate, metrics_behind
 from .methods import suggest
 
 
 class Evaluate(Data):
     """How every result of the recipe is scored."""
 
-    reference: str | None = None  # image folder, zip, statistics file, zoo:NAME or teacher (the default)
-    features: str | None = None  # extractor behind Frechet distances; zoo models have zoo:judge by default
+    # Image folder, zip, statistics file, zoo:NAME or teacher (the default); a mapping as in features.
+    reference: str | dict[str, str] | None = None
+    # Extractor of what images are compared by; zoo models have zoo:judge by default. A mapping gives single metrics their own:
+    # {default: inception, clip_score: "clip:ViT-B-32/openai"}.
+    features: str | dict[str, str] | None = None
     metrics: tuple[str, ...] = Field(default=("fid", "clip_score"), min_length=1)
     samples: int = Field(default=2048, ge=4)  # images behind each number that is reported
     teacher_steps: int = Field(default=50, ge=1)  # for reference: teacher, steps of the model's own outputs
+
+    @model_validator(mode="after")
+    def _known(self) -> "Evaluate":
+        for name in ("features", "reference"):
+            given = getattr(self, name)
+            for key in given if isinstance(given, dict) else ():
+                if key not in ("default", *self.metrics):
+                    raise ValueError(f"{name}.{key}: neither default nor one of the metrics ({', '.join(self.metrics)})")
+        return self
 
 
 class SearchStage(Data):
@@ -108,6 +121,7 @@ class Recipe(Data):
     call: dict[str, Any] = Field(default_factory=dict)  # further `__call__` arguments: guidance_scale, height, …
     evaluate: Evaluate = Evaluate()
     stages: tuple[SearchStage | PruneStage, ...] = Field(min_length=1)
+    gates: dict[str, Gate] = Field(default_factory=dict)  # against the recipe's own model: `run` exits 3 or 4
 
 
 VERBS: dict[str, type[SearchStage | PruneStage]] = {"search": SearchStage, "prune": PruneStage}
@@ -129,27 +143,42 @@ def read(path: Path, overrides: Iterable[str] = ()) -> tuple[Recipe, str]:
 
 def parse(text: str, where: str, overrides: Iterable[str] = ()) -> Recipe:
     """Validate the text of a recipe; UserError lists every mistake as `file:line: what, what to do`."""
-    wrong: list[str] = []
-    lines: dict[tuple[str | int, ...], int] = {}
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is not None:
-            for path, line, repeated in _positions(node):
-                lines[path] = line
-                if repeated:
-                    wrong.append(f"{where}:{line}: {path[-1]!r} is given twice. Keep one.")
-        data = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as e:
-        line = e.problem_mark.line + 1 if e.problem_mark else 1
-        raise UserError(f"{where}:{line}: not valid YAML ({e.problem}).") from e
-    except (yaml.YAMLError, ValueError) as e:  # control characters, a date such as 2024-99-99
-        raise UserError(f"{where}: not valid YAML ({one_line(e)}).") from e
-    if not isinstance(data, dict):
-        kind = "empty" if data is None else f"a {type(data).__name__}"
-        raise UserError(f"{where}:1: a recipe is a mapping with the keys lissom, model and stages; this is {kind}.")
+    data, lines, wrong = _mapping(text, where, "a recipe is a mapping with the keys lissom, model and stages")
     for text_ in overrides:
         override(data, text_)
     return build(data, where, lines, wrong)
+
+
+def read_gates(path: Path) -> dict[str, Gate]:
+    """A gates file: the mapping that stands under `gates:` in a recipe, without that key.
+
+    Raises UserError with file:line for every mistake, an unknown metric included.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot read the gates ({e}). Give a YAML file such as `fid: {{max_ratio: 1.1}}`.") from e
+    data, lines, wrong = _mapping(text, str(path), "gates are a mapping such as `fid: {max_ratio: 1.1}`")
+    if set(data) == {"gates"}:
+        raise UserError(f"{path}:1: leave the key `gates:` out: the file holds what stands under it in a recipe.")
+    found: dict[str, Gate] = {}
+    for name, raw in data.items():
+        at = f"{path}:{lines.get((str(name),), 1)}: "
+        try:
+            metrics_behind({str(name): Gate(min=0)})
+            found[str(name)] = Gate.model_validate(raw)
+        except UserError as e:
+            wrong.append(at + str(e).removeprefix("gates: "))
+        except ValidationError as e:
+            for error in e.errors():
+                place = lines.get((str(name), *error["loc"]), lines.get((str(name),), 1))
+                dotted = ".".join(map(str, (name, *error["loc"])))
+                wrong.append(f"{path}:{place}: {dotted}: {_message(error, Gate.model_fields)}")
+    if not data:
+        wrong.append(f"{path}:1: no gate in it. Write one, such as `fid: {{max_ratio: 1.1}}`.")
+    if wrong:
+        raise UserError("\n".join(wrong))
+    return found
 
 
 def build(
@@ -181,6 +210,11 @@ def build(
             if error["type"] == "too_short" and len(errors) > 1:
                 continue  # pydantic also says that a list whose items are wrong is empty
             complain(error["loc"], _message(error))
+    for name in recipe.gates if recipe is not None else ():
+        try:
+            metrics_behind({name: Gate(min=0)}, recipe.evaluate.metrics if recipe is not None else ())
+        except UserError as e:
+            complain(("gates", name), str(e).removeprefix("gates: "))
     if wrong or recipe is None:
         raise UserError("\n".join(dict.fromkeys(wrong)))
     return recipe
@@ -269,10 +303,37 @@ def _stage(raw: Any, at: tuple[str | int, ...], complain: Any) -> Any:
     return None if errors else stage
 
 
+def _mapping(text: str, where: str, expected: str) -> tuple[dict[str, Any], dict[tuple[str | int, ...], int], list[str]]:
+    """A YAML mapping, the line of every value in it, and what is wrong so far (a key given twice).
+
+    Raises UserError for what is no YAML or no mapping; expected: what it should have been.
+    """
+    wrong: list[str] = []
+    lines: dict[tuple[str | int, ...], int] = {}
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None:
+            for path, line, repeated in _positions(node):
+                lines[path] = line
+                if repeated:
+                    wrong.append(f"{where}:{line}: {path[-1]!r} is given twice. Keep one.")
+        data = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as e:
+        line = e.problem_mark.line + 1 if e.problem_mark else 1
+        raise UserError(f"{where}:{line}: not valid YAML ({e.problem}).") from e
+    except (yaml.YAMLError, ValueError) as e:  # control characters, a date such as 2024-99-99
+        raise UserError(f"{where}: not valid YAML ({one_line(e)}).") from e
+    if not isinstance(data, dict):
+        kind = "empty" if data is None else f"a {type(data).__name__}"
+        raise UserError(f"{where}:1: {expected}; this is {kind}.")
+    return data, lines, wrong
+
+
 def _message(error: Any, known: Iterable[str] | None = None) -> str:
     if error["type"] == "extra_forbidden":
         name = str(error["loc"][-1])
-        owner = next((m for m in (Evaluate, Recipe) if (len(error["loc"]) > 1) == (m is Evaluate)), Recipe)
+        owners: dict[str, type[Data]] = {"evaluate": Evaluate, "gates": Gate}
+        owner = owners.get(str(error["loc"][0]), Recipe) if len(error["loc"]) > 1 else Recipe
         choices = list(known) if known is not None else list(owner.model_fields)
         return f"unknown key. Known here: {', '.join(choices)}.{suggest(name, choices)}"
     text = error["msg"].removeprefix("Value error, ").replace("valid tuple", "list").replace("valid dictionary", "mapping")

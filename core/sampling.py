@@ -27,7 +27,8 @@ class Batch:
 
     indices: range  # of the images in their role's block: Seeds.indices()
     pixels: Tensor | None = None  # (B, H, W, 3) uint8, on the CPU
-    latents: Tensor | None = None  # as the pipeline holds them after the last step: (B, C, h, w), or packed (Flux)
+    # As the pipeline holds them after the last step: (B, C, h, w), or packed (Flux). Beside pixels too, where it was seen.
+    latents: Tensor | None = None
 
 
 class Sampler:
@@ -165,7 +166,7 @@ class Sampler:
             if latents is None:
                 raise SamplingError(f"{type(self.pipe).__name__} never stepped its scheduler: it shows no latents.")
             return Batch(indices, latents=latents[:size])
-        return Batch(indices, pixels=_pixels(made, size, where))
+        return Batch(indices, pixels=_pixels(made, size, where), latents=None if run.last is None else run.last[:size])
 
 
 def _pixels(made: Any, size: int, where: str) -> Tensor:

@@ -2,6 +2,11 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from urllib.parse import quote
+
+OPENING = re.compile(
+    r"^(?:[#>=~`*+\[|_-]|\d{1,9}(?=[.)]\s))+"
+)  # makes a heading, a list, a fence, a link's definition, … of a text
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -17,14 +22,19 @@ def facts(title: str, pairs: Iterable[tuple[str, str]]) -> list[str]:
 
 def bullets(title: str, texts: Sequence[str]) -> list[str]:
     """A section that is a list; no section without an entry."""
-    return [f"## {title}", "\n".join(f"- {cell(text)}" for text in texts)] if texts else []
+    return [f"## {title}", "\n".join(f"- {block(cell(text))}" for text in texts)] if texts else []
 
 
 def pictures(named: Sequence[tuple[str, str | None]]) -> str:
     """Images side by side, each under its name; one that was never written is said to be missing."""
     head = " | ".join(cell(name) for name, _ in named)
-    images = " | ".join(f"![samples of {cell(name)}]({cell(path)})" if path else "no sheet was written" for name, path in named)
+    images = " | ".join(picture(f"samples of {name}", path) if path else "no sheet was written" for name, path in named)
     return f"| {head} |\n|{'---|' * len(named)}\n| {images} |"
+
+
+def picture(name: str, path: str) -> str:
+    """An image beside the text. An address elsewhere becomes the name of a file that is not there."""
+    return f"![{cell(name)}]({quote(path.lstrip('/'))})"
 
 
 def cell(text: str) -> str:
@@ -33,8 +43,16 @@ def cell(text: str) -> str:
 
 
 def line(text: str) -> str:
-    """Running text: one line, no HTML, no link or picture."""
-    return " ".join(text.split()).replace("<", "&lt;").replace("](", "]&#40;")
+    """Running text: one line, no HTML, no link or picture, and nobody is called by @name."""
+    plain = re.sub(
+        r"(?<!\w)([@#])(?=\w)", "\\1\u2060", " ".join(text.split())
+    )  # an invisible joiner: no mention, no link to issue 12
+    return plain.replace("<", "&lt;").replace("](", "]&#40;")
+
+
+def block(text: str) -> str:
+    """Text that begins a block: it stays running text whatever it starts with."""
+    return OPENING.sub(lambda found: "".join(f"&#{ord(letter)};" for letter in found[0]), text)
 
 
 def fence(language: str, code: str) -> str:

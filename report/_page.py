@@ -46,17 +46,25 @@ def trusted(drawn: Mapping[str, str | None]) -> dict[str, Any]:
 
 
 def sheet(name: str, file: str | None, folder: Path) -> Sheet:
-    """A contact sheet as a data URI, so that the page stays one file."""
-    from PIL import Image, UnidentifiedImageError
-
+    """A contact sheet of eight images a row."""
     if file is None:
         return Sheet(name, missing="No sheet of samples was written.")
+    return picture(name, file, folder, "sheet", across=8)
+
+
+def picture(name: str, file: str, folder: Path, what: str = "image", across: int = 1) -> Sheet:
+    """An image file of the folder as a data URI, so that the page stays one file. `across`: images that it holds in a row."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
-        data = (folder / file).read_bytes()
+        path = (folder / file).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            raise OSError("outside the folder")
+        data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
-            small, kind = image.width < 8 * PIXELATED_BELOW, Image.MIME[image.format or "PNG"]
-    except (OSError, UnidentifiedImageError):
-        return Sheet(name, missing="The sheet that report.json names is missing from the folder or cannot be read.")
+            small, kind = image.width < across * PIXELATED_BELOW, Image.MIME[image.format or "PNG"]
+    except (OSError, ValueError, UnidentifiedImageError):  # ValueError: a NUL in the name
+        return Sheet(name, missing=f"The {what} that report.json names is missing from the folder or cannot be read.")
     return Sheet(name, f"data:{kind};base64,{base64.b64encode(data).decode()}", small)
 
 

@@ -19,8 +19,7 @@ from ._kept import kept
 from ._subject import Subject
 
 if TYPE_CHECKING:
-    from ..evaluate._features import Features
-    from ..evaluate._reference import Reference
+    from ..evaluate._scorer import View
 
 CONFIDENCE = 0.95  # of the interval of a median
 
@@ -35,11 +34,9 @@ class Quality:
         self.scores = self.paints and (self.evaluate.features is not None or parent.model.origin.startswith("zoo:"))
         if stage.steps is not None:
             parent.check_steps(stage.steps)
-        self.features: Features | None = None
-        self.reference: Reference | None = None
+        self.views: dict[str, View | None] = {}
         if self.scores:
-            self.features = parent.features
-            self.reference = parent.references("report", folder)  # the parent's own images, where there are no others
+            self.views = parent.views("report", folder)  # compared with the parent's own images, where there are no others
             self._evaluator(parent)
 
     def of(self, name: Literal["before", "after"], subject: Subject, plan: SamplingPlan | None) -> Scored:
@@ -73,16 +70,7 @@ class Quality:
             draw_sheet(subject.sampler, plan, seeds, path, steps)
 
     def _evaluator(self, subject: Subject) -> Evaluator:
-        assert self.features is not None
-        return Evaluator(
-            subject.model,
-            subject.sampler,
-            subject.conditions,
-            self.features,
-            self.reference,
-            self.evaluate.metrics,
-            subject.call,
-        )
+        return Evaluator(subject.model, subject.sampler, subject.conditions, self.views, subject.call)
 
 
 def latency(stage: PruneStage, gauge: Gauge, cuts: tuple[Cut, ...], subject: Subject, folder: Path) -> tuple[Latency, ...]:

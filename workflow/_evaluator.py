@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,7 @@ from ..core.models import Model
 
 if TYPE_CHECKING:
     from ..core.sampling import Sampler
-    from ..evaluate._features import Features
-    from ..evaluate._reference import Reference
+    from ..evaluate._scorer import View
 
 SHEET = 32  # images on a contact sheet
 
@@ -32,26 +31,27 @@ class Score:
 
 
 class Evaluator:
-    """Scores plans of one model against one reference, with one set of metrics. Deterministic given its `id`."""
+    """Scores plans of one model with one set of metrics, each by its view. Deterministic given its `id`."""
 
     def __init__(
         self,
         model: Model,
         sampler: "Sampler",
         conditions: Conditions,
-        features: "Features",
-        reference: "Reference | None",
-        metrics: Sequence[str],
+        metrics: "Mapping[str, View | None]",
         call: dict[str, Any],
     ) -> None:
+        """Raises UserError for metrics that cannot be had of every candidate."""
         from ..evaluate._scorer import Scorer
 
         self.model, self.sampler, self.conditions = model, sampler, conditions
-        self.scorer = Scorer(metrics, features, reference.statistics if reference else None)
-        first = range(len(conditions))
-        self.scorer.check(
-            all(conditions.caption(i) is not None for i in first), all(conditions.label(i) is not None for i in first)
-        )
+        self.scorer = Scorer(metrics)
+        for name, module in self.scorer.modules.items():
+            if module.needs & {"rig", "base"}:
+                raise UserError(
+                    f"metrics: {name} is measured once, by `lissom evaluate` and for a recipe's gates, not of every candidate. Leave it out."
+                )
+        self.scorer.check(*described(conditions))
         parts = {
             "scorer": self.scorer.id,
             "model": model.fingerprint,
@@ -77,25 +77,21 @@ class Evaluator:
         plan None: the pipeline's stock run with `steps`. sheet: where to write a contact sheet of the first images.
         """
         began, calls, served = time.monotonic(), self.sampler.calls, self.sampler.served
+        from ..evaluate._scorer import Made, Shown
+
         collector = self.scorer.collect()
         shown: list[Any] = []
         for batch in self.sampler.images(plan, seeds, steps=steps):
             captions = [self.conditions.caption(i) for i in batch.indices]
             labels = [self.conditions.label(i) for i in batch.indices]
             assert batch.pixels is not None  # latents were not asked for
-            collector.add(batch.pixels, captions, labels)
+            collector.add(Shown(batch.pixels), captions, labels)
             if sheet is not None and sum(map(len, shown)) < SHEET:
                 shown.append(batch.pixels.numpy())
         if sheet is not None:
             _sheet(shown, sheet)
-        measurements = collector.finish(
-            seeds=seeds,
-            prompts_hash=self.conditions.hash,
-            replicates=replicates,
-            device=self.model.device,
-            dtype=self.model.dtype,
-            period=len(self.conditions),
-        )
+        made = Made(seeds, self.conditions.hash, self.model.device, self.model.dtype, len(self.conditions), replicates)
+        measurements = collector.finish(made)
         executed = self.sampler.calls - calls
         return Score(measurements, executed, executed + self.sampler.served - served, time.monotonic() - began)
 
@@ -118,15 +114,24 @@ def _sheet(shown: list[Any], path: Path) -> None:
     sheet(np.concatenate(shown)[:SHEET], path)
 
 
-def features_for(name: str | None, model: Model) -> "Features":
-    """The named extractor, or the zoo's judge for the zoo's models."""
-    from ..evaluate import _features
+def described(conditions: Conditions) -> tuple[bool, bool]:
+    """Whether every image has a caption, and a label."""
+    rows = range(len(conditions))
+    return all(conditions.caption(i) is not None for i in rows), all(conditions.label(i) is not None for i in rows)
 
-    if name is None:
-        if not model.origin.startswith("zoo:"):
-            raise UserError(f"{model.ref}: say with --features what to compare images by, e.g. --features zoo:judge.")
-        name = "zoo:judge"
-    return _features.load(name, device=model.device)
+
+def chosen(given: str | dict[str, str] | None, metric: str) -> str | None:
+    """The features or the reference of a metric: its own, else the default, else none."""
+    if isinstance(given, dict):
+        return given.get(metric, given.get("default"))
+    return given
+
+
+def features_for(name: str | None, model: Model) -> str:
+    """The named extractor, or the zoo's judge for the zoo's models."""
+    if name is None and not model.origin.startswith("zoo:"):
+        raise UserError(f"{model.ref}: say with --features what to compare images by, e.g. --features zoo:judge.")
+    return name or "zoo:judge"
 
 
 def default_reference(name: str | None, model: Model) -> str:

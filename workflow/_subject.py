@@ -2,27 +2,27 @@
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..core import models
-from ..core.candidate import Seeds
 from ..core.conditions import NOTES, UNCONDITIONAL, Conditions
 from ..core.conditions import read as read_conditions
 from ..core.errors import UserError, one_line
 from ..core.methods import suggest
 from ..core.models import Model
-from ._evaluator import Evaluator, default_reference, features_for
+from ._evaluator import Evaluator, chosen, default_reference, features_for
+from ._teacher import taught
 from .context import Context
 
 if TYPE_CHECKING:
     from ..core.sampling import Sampler
     from ..evaluate._features import Features
-    from ..evaluate._reference import Reference
+    from ..evaluate._scorer import View
+    from ..evaluate._statistics import Statistics
 
 
 STAND_IN = {"prompt": "", "class_labels": 0}
@@ -37,6 +37,8 @@ class Subject:
     call: dict[str, Any]
     sampler: "Sampler"
     context: Context
+    _extractors: "dict[str, Features]" = field(default_factory=dict)
+    _references: "dict[tuple[str, str, str], Statistics]" = field(default_factory=dict)
 
     @classmethod
     def load(cls, ref: str, context: Context, scheduler: str | None = None, *, painting: bool = True) -> "Subject":
@@ -74,10 +76,30 @@ class Subject:
         sampler = Sampler(model.pipe, conditions, chunk=options.chunk, call=call, memo=memo, fingerprint=model.fingerprint)
         return cls(model, conditions, call, sampler, context)
 
-    @cached_property
+    @property
     def features(self) -> "Features":
-        """The extractor behind metrics; commands that score nothing need none."""
-        given = self.context.recipe.evaluate.features
+        """The extractor that metrics without one of their own use; commands that score nothing need none."""
+        return self._extractor(self._features_name(""))
+
+    @property
+    def extractors(self) -> "list[Features]":
+        """All that the recipe's metrics look through."""
+        from ..core import methods
+        from ..evaluate._scorer import PAINTED
+
+        names = [n for n in self.context.recipe.evaluate.metrics if methods.load("evaluate", n).needs & PAINTED]
+        return [self._extractor(name) for name in dict.fromkeys(self._features_name(n) for n in names)]
+
+    def _extractor(self, name: str) -> "Features":
+        """Loaded once, whatever number of metrics look through it."""
+        from ..evaluate import _features
+
+        if name not in self._extractors:
+            self._extractors[name] = _features.load(name, device=self.model.device)
+        return self._extractors[name]
+
+    def _features_name(self, metric: str) -> str:
+        given = chosen(self.context.recipe.evaluate.features, metric)
         return features_for(given and self.context.path(given), self.model)
 
     @contextmanager
@@ -107,9 +129,21 @@ class Subject:
 
     @property
     def reference(self) -> str:
-        """The name of what images are compared with."""
-        given = self.context.recipe.evaluate.reference
+        """The name of what images are compared with, where a metric has none of its own."""
+        return self._reference_name("")
+
+    def _reference_name(self, metric: str) -> str:
+        given = chosen(self.context.recipe.evaluate.reference, metric)
         return default_reference(given and self.context.path(given), self.model)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether any of the recipe's metrics compares with the model's own many-step images."""
+        from ..core import methods
+
+        asked = self.context.recipe.evaluate.metrics
+        compared = [name for name in asked if methods.load("evaluate", name).needs & {"reference", "kept"}]
+        return any(self._reference_name(name) == "teacher" for name in compared)
 
     @property
     def shared_reference(self) -> bool:
@@ -118,42 +152,48 @@ class Subject:
 
     def evaluator(self, role: Literal["search", "report"], cache: Path) -> Evaluator:
         """An evaluator whose reference images belong to `role` (search or report)."""
-        metrics = self.context.recipe.evaluate.metrics
-        return Evaluator(
-            self.model, self.sampler, self.conditions, self.features, self.references(role, cache), metrics, self.call
-        )
+        return Evaluator(self.model, self.sampler, self.conditions, self.views(role, cache), self.call)
 
-    def references(self, role: Literal["search", "report"], cache: Path) -> "Reference":
-        """Reference statistics for a role; those of the model's own outputs are made once and kept in `cache`."""
-        from ..evaluate import _reference, _statistics
+    def views(
+        self, role: Literal["search", "report"], cache: Path, metrics: Sequence[str] | None = None
+    ) -> "dict[str, View | None]":
+        """What each metric looks through and compares with; the recipe's metrics where none are named.
 
-        if self.reference != "teacher":
-            found = _reference.load(self.reference, self.features, role, cache)
-            if skipped := found.statistics.provenance.skipped:
-                self.context.progress.warn(
-                    f"{self.reference}: {len(skipped)} files cannot be read as images, e.g. {skipped[0]}"
+        Reference statistics that have to be made are made once and kept in `cache`.
+        """
+        from ..core import methods
+        from ..evaluate._scorer import PAINTED, View
+
+        asked = list(dict.fromkeys(self.context.recipe.evaluate.metrics if metrics is None else metrics))
+        needs = {name: methods.load("evaluate", name).needs for name in asked}
+        features = {name: self._extractor(self._features_name(name)) for name in asked if needs[name] & PAINTED}
+        sources = {name: self._reference_name(name) for name in features if needs[name] & {"reference", "kept"}}
+        pupils = list(dict.fromkeys(features[name] for name, source in sources.items() if source == "teacher"))
+        own = taught(self, role, cache, pupils) if pupils else {}
+        found: dict[str, View | None] = {}
+        for name in asked:
+            reference = None
+            if name in sources:
+                seen = features[name]
+                reference = own[seen.hash] if sources[name] == "teacher" else self._given(sources[name], seen, role, cache)
+            found[name] = View(features[name], reference) if name in features else None
+        return found
+
+    def _given(self, source: str, features: "Features", role: Literal["search", "report"], cache: Path) -> "Statistics":
+        """Reference statistics that somebody named, read or made once."""
+        from ..evaluate import _reference
+
+        key = (role, source, features.hash)
+        if key not in self._references:
+            self._references[key] = _reference.load(source, features, role, cache).statistics
+            made, warn = self._references[key].provenance, self.context.progress.warn
+            if made.skipped:
+                warn(f"{source}: {len(made.skipped)} files cannot be read as images, e.g. {made.skipped[0]}")
+            if made.converted:
+                warn(
+                    f"{source}: images were converted to 8-bit RGB ({', '.join(f'{n} {kind}' for kind, n in made.converted.items())})"
                 )
-            return found
-        evaluate, seed = self.context.recipe.evaluate, self.context.recipe.seed
-        seeds = Seeds(role="calibrate", base=seed, count=evaluate.samples, start=0 if role == "search" else evaluate.samples)
-        path = cache / f"teacher-{role}.safetensors"
-        source = (
-            f"teacher: {self.model.ref}, {evaluate.teacher_steps} steps, seeds calibrate/{seed}/{seeds.start}+{seeds.count}, "
-            f"weights {self.model.fingerprint[:16]}, conditions {self.conditions.hash[:16]}"
-        )
-        if len(self.conditions) > evaluate.samples:
-            self.context.progress.warn(
-                f"{len(self.conditions)} conditions but {evaluate.samples} images: candidates and the model's own images show "
-                "different ones. Give as many samples as conditions, or fewer conditions."
-            )
-        kept = _statistics.Statistics.load(path) if path.is_file() else None
-        if kept is None or kept.provenance.source != source:
-            self.context.progress.say(
-                f"making {seeds.count} images with {evaluate.teacher_steps} steps as the {role} reference"
-            )
-            batches = (b.pixels for b in self.sampler.images(None, seeds, steps=evaluate.teacher_steps) if b.pixels is not None)
-            _statistics.of(self.features, batches, source=source).save(path)
-        return _reference.Reference.of(_statistics.Statistics.load(path), role)
+        return self._references[key]
 
 
 def swap_scheduler(pipe: Any, name: str) -> None:

@@ -62,8 +62,11 @@ class Context:
         scheme, colon, rest = text.partition(":")
         if text == "teacher" or scheme in ("zoo", "config"):
             return text
-        if scheme == "local-dir" and colon:
-            return f"local-dir:{self.path(rest)}"
+        if scheme in ("local-dir", "inception", "torchscript") and colon:
+            return f"{scheme}:{self.path(rest)}"
+        if scheme in ("clip", "dinov2") and colon:  # ARCHITECTURE/TAG, or ARCHITECTURE/FILE
+            name, slash, file = rest.partition("/")
+            return f"{scheme}:{name}{slash}{self.path(file) if file else ''}"
         there = self.base / Path(text).expanduser()
         return str(there) if there.exists() else text
 

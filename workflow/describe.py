@@ -70,7 +70,8 @@ def estimate(recipe: Recipe, context: Any) -> dict[str, Any]:
         prune(stage, recipe.model, context) if isinstance(stage, PruneStage) else search(stage, recipe.model, context)
         for stage in recipe.stages
     ]
-    return {"recipe": recipe.name, "stages": stages}
+    gates = {"images": 2 * recipe.evaluate.samples, "of": list(recipe.gates)} if recipe.gates else None
+    return {"recipe": recipe.name, "stages": stages} | ({"gates": gates} if gates else {})
 
 
 def say(estimates: dict[str, Any]) -> str:
@@ -80,4 +81,8 @@ def say(estimates: dict[str, Any]) -> str:
 
     said = [prune(s) if s["stage"].startswith("prune") else search(s) for s in estimates["stages"]]
     later = ["  (later stages: as if they ran on the recipe's own model)"] if len(said) > 1 else []
+    if gates := estimates.get("gates"):
+        said.append(
+            f"gates on {', '.join(gates['of'])}: {gates['images']:,} more images, of the recipe's model and of the result"
+        )
     return "\n".join([f"{estimates['recipe']}: nothing was run.", *(f"  {text}" for text in said), *later])

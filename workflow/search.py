@@ -231,9 +231,11 @@ def _place(folder: Path, storage: str | None, run_id: str) -> tuple[str | Path, 
 def check_objective(stage: SearchStage, context: Context, conditions: Conditions) -> None:
     """The searched metric is measured, and so is another one where the images have captions or labels to measure it by."""
     metrics = context.recipe.evaluate.metrics
-    if stage.objective not in metrics:
+    measured = [part for name in metrics for part in methods.load("evaluate", name).parts]  # precision_recall gives recall, …
+    if stage.objective not in measured:
         raise UserError(
-            f"objective {stage.objective!r} is not among the metrics {', '.join(metrics)}.{methods.suggest(stage.objective, metrics)}"
+            f"objective {stage.objective!r} is not among what is measured, {', '.join(measured)}."
+            f"{methods.suggest(stage.objective, measured)}"
         )
     if len(metrics) < 2 and (conditions.caption(0) is not None or conditions.label(0) is not None):
         raise UserError(

@@ -76,7 +76,7 @@ def test_a_folder_that_cannot_be_written_is_named(here: Path) -> None:
         said = refused("search", "random_search", "zoo:fashion", *TINY, "--out", out)
         assert f"{out}" in said and "Choose another --out folder" in said
     for command in (("evaluate", "zoo:fashion"), ("sample", "zoo:fashion")):
-        assert "file/x: cannot be written" in refused(*command, "--out", "file/x")
+        assert "file/x.json: cannot be written" in refused(*command, "--out", "file/x.json")
         assert "is a folder" in refused(*command, "--out", here)
     assert nothing_left(here, "file") and (here / "file").read_text() == "kept"
 
@@ -141,12 +141,12 @@ PLAN = {"scheduler": {"name": "DDIMScheduler"}, "steps": [{"timestep": 900}, {"t
 def test_a_plan_that_does_not_fit_is_refused_before_any_image(
     here: Path, monkeypatch: pytest.MonkeyPatch, command: str, content: bytes | None, says: str
 ) -> None:
-    monkeypatch.setattr("lissom.workflow._subject.Subject.references", lambda *a: pytest.fail("made a reference"))
+    monkeypatch.setattr("lissom.workflow._subject.Subject.views", lambda *a: pytest.fail("made a reference"))
     if content is not None:
         (here / "p.json").write_bytes(content)
-    said = refused(command, "zoo:fashion", "--plan", "p.json", "--device", "cpu", "--out", "made")
+    said = refused(command, "zoo:fashion", "--plan", "p.json", "--device", "cpu", "--out", "made.json")
     assert says in said and len(said.splitlines()) == 1, said
-    assert not (here / "made").exists()
+    assert nothing_left(here, *(["p.json"] if content is not None else []))
 
 
 def test_more_steps_than_the_scheduler_has(here: Path) -> None:

@@ -1,0 +1,58 @@
+"""Making the images of an evaluation, and keeping what is seen of each batch before the next one begins."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from ..core.candidate import SamplingPlan, Seeds
+from ._gallery import Gallery
+from ._subject import Subject
+
+if TYPE_CHECKING:
+    from ..core.sampling import Batch
+    from ..evaluate._scorer import Scorer
+
+
+def draw(
+    subject: Subject,
+    plan: SamplingPlan | None,
+    steps: int | None,
+    seeds: Seeds,
+    gallery: Gallery,
+    part: str,
+    what: str,
+    scorer: "Scorer | None" = None,
+    pictures: int = 0,
+) -> None:
+    """Make the images that the gallery lacks, and keep what the scorer sees of them; without one, the images themselves."""
+    from ..evaluate._scorer import Shown
+
+    done, chunk, progress = gallery.done(part), subject.context.options.chunk, subject.context.progress
+    progress.phase(what, -(-seeds.count // chunk))
+    for _ in range(done // chunk):
+        progress.advance(fresh=False)
+    if done >= seeds.count:
+        return
+    left = seeds.model_copy(update={"start": seeds.start + done, "count": seeds.count - done})
+    calls, began = subject.sampler.calls, time.monotonic()
+    with subject.asking():
+        for batch in subject.sampler.images(plan, left, steps=steps):
+            assert batch.pixels is not None  # latents alone were not asked for
+            made = Shown(batch.pixels, batch.latents)
+            if scorer is None:
+                seen = {"pixels": made.pixels} | ({} if made.latents is None else {"latents": made.latents})
+            else:
+                seen = scorer.observe(made, _base_of(gallery, batch) if "base" in scorer.needs else None)
+            for index, pixels in zip(batch.indices, made.pixels, strict=True):
+                if index < pictures:
+                    gallery.show(index, pixels)
+            spent = (subject.sampler.calls - calls, time.monotonic() - began) if scorer is not None else (0, 0.0)
+            gallery.add(batch.indices, seen, part, *spent)
+            calls, began = subject.sampler.calls, time.monotonic()
+            progress.advance()
+
+
+def _base_of(gallery: Gallery, batch: "Batch") -> Any:
+    from ..evaluate._scorer import Shown
+
+    kept = gallery.slice(batch.indices, "base")
+    return Shown(kept["pixels"], kept.get("latents"))

@@ -1,0 +1,98 @@
+"""A loaded pipeline as metrics of time, memory and size see it."""
+
+import contextlib
+import functools
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.candidate import SamplingPlan, Seeds
+from ..core.errors import SamplingError
+from ._subject import Subject
+
+if TYPE_CHECKING:
+    from ..core.cost import Costs
+    from ..evaluate._sample import Rig
+
+
+def rig_of(subject: Subject, plan: SamplingPlan | None, steps: int | None) -> "Rig":
+    """The pipeline along this plan, or its stock schedule."""
+    from ..evaluate._sample import Rig
+
+    model = subject.model
+    return Rig(
+        plan=plan,
+        steps=len(plan.steps) if plan else steps or subject.default_steps,
+        params=model.parameters,
+        device=model.device,
+        costs=functools.cache(lambda: _costs(subject)),
+        call=lambda batch: _call(subject, plan, steps, batch),
+        compiled=lambda: _compiled(subject),
+        conditions=_conditions(model.device, model.dtype),
+    )
+
+
+def _costs(subject: Subject) -> "Costs":
+    from ..core import cost
+
+    return cost.measure(subject.model.pipe, {**subject.conditions.arguments(range(1)), **subject.call})
+
+
+def _call(subject: Subject, plan: SamplingPlan | None, steps: int | None, batch: int) -> Callable[[], None]:
+    """One run of the pipeline, over when the device has finished. Without a memo: everything is computed every time."""
+    from ..core.sampling import Sampler
+
+    sampler = Sampler(subject.model.pipe, subject.conditions, chunk=batch, call=subject.call)
+    seeds = Seeds(role="calibrate", base=subject.context.recipe.seed, count=batch)
+
+    def once() -> None:
+        for _ in sampler.images(plan, seeds, steps=steps):
+            pass
+        _synchronize(subject.model.device)
+        if sampler.chunk != batch:
+            raise SamplingError(f"batch {batch} does not fit into memory. Time smaller ones, e.g. --set latency.batches=[1].")
+
+    return once
+
+
+@contextlib.contextmanager
+def _compiled(subject: Subject) -> Iterator[None]:
+    """With torch.compile on the denoisers, for as long as it lasts; it happens at the first call."""
+    from ..core.driving.steering import denoisers
+
+    modules: list[Any] = list(denoisers(subject.model.pipe).values())
+    before = [module._compiled_call_impl for module in modules]
+    try:
+        for module in modules:
+            module.compile()
+        yield
+    finally:
+        for module, kept in zip(modules, before, strict=True):
+            module._compiled_call_impl = kept
+
+
+def _synchronize(device: str) -> None:
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    elif device.startswith("mps"):
+        torch.mps.synchronize()
+
+
+def _conditions(device: str, dtype: str) -> dict[str, str]:
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
+    return {"device": f"{device.partition(':')[0]} ({name})", "dtype": dtype, "threads": str(torch.get_num_threads())}
+
+
+def _processor() -> str:
+    """The processor's own name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

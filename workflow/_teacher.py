@@ -1,0 +1,100 @@
+"""Reference statistics of a model's own many-step images, for when there is no data set: made in one pass for all extractors."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ..core.candidate import Seeds
+
+if TYPE_CHECKING:
+    from ..core.sampling import Batch
+    from ..evaluate._features import Features
+    from ..evaluate._statistics import Statistics
+    from ._subject import Subject
+
+DONE = "done"  # in the record of unfinished statistics: how many images they are of
+
+
+def taught(
+    subject: "Subject", role: Literal["search", "report"], cache: Path, extractors: "Sequence[Features]"
+) -> "dict[str, Statistics]":
+    """By each extractor's hash. Kept in `cache`, finished or not, so that kill -9 loses about a batch of images.
+
+    The two roles have other seeds than each other, and than everything that is measured.
+    """
+    from ..evaluate._statistics import Statistics
+
+    evaluate, seed, progress = subject.context.recipe.evaluate, subject.context.recipe.seed, subject.context.progress
+    count = evaluate.samples
+    seeds = Seeds(role="calibrate", base=seed, count=count, start=0 if role == "search" else count)
+    source = (
+        f"teacher: {subject.model.ref}, {evaluate.teacher_steps} steps, seeds calibrate/{seed}/{seeds.start}+{count}, "
+        f"weights {subject.model.fingerprint[:16]}, conditions {subject.conditions.hash[:16]}"
+    )
+    if len(subject.conditions) > count:
+        progress.warn(
+            f"{len(subject.conditions)} conditions but {count} images: candidates and the model's own images show "
+            "different ones. Give as many samples as conditions, or fewer conditions."
+        )
+    paths = {features.hash: cache / f"teacher-{role}-{features.hash[:12]}.safetensors" for features in extractors}
+    found = {key: Statistics.load(path) for key, path in paths.items() if path.is_file()}
+    found = {key: statistics for key, statistics in found.items() if statistics.provenance.source == source}
+    lacking = [_Unfinished(features, paths[features.hash], source) for features in extractors if features.hash not in found]
+    if lacking:
+        _paint(subject, seeds, evaluate.teacher_steps, lacking, f"{role} reference, {evaluate.teacher_steps} steps an image")
+        for one in lacking:
+            found[one.features.hash] = one.finish()
+    return found
+
+
+class _Unfinished:
+    """Statistics on their way, with a state beside their file."""
+
+    def __init__(self, features: "Features", path: Path, source: str) -> None:
+        from ..evaluate._sketch import KEEP
+        from ..evaluate._statistics import Builder, Statistics
+
+        self.features, self.path, self.partial = features, path, path.with_suffix(".part")
+        statistics, self.done = Statistics.by(features, source, KEEP), 0
+        if self.partial.is_file():
+            kept, done = Statistics.read(self.partial, DONE)
+            if kept.provenance.source == source and done is not None:
+                statistics, self.done = kept, int(done)
+        self.builder: Builder = Builder(features, statistics)
+
+    def add(self, batch: "Batch", start: int) -> None:
+        """The images of a batch that are not in yet; start: the index of the first of all."""
+        assert batch.pixels is not None  # latents alone were not asked for
+        new = self.done - (batch.indices.start - start)
+        if new < len(batch.indices):
+            self.builder.add(batch.pixels[max(new, 0) :])
+            self.done = batch.indices.stop - start
+
+    def save(self) -> None:
+        from ..core.files import write_bytes
+
+        write_bytes(self.partial, self.builder.state().content(**{DONE: self.done}))
+
+    def finish(self) -> "Statistics":
+        statistics = self.builder.finish()
+        statistics.save(self.path)
+        self.partial.unlink(missing_ok=True)
+        return statistics
+
+
+def _paint(subject: "Subject", seeds: Seeds, steps: int, lacking: list[_Unfinished], what: str) -> None:
+    """Make the images that at least one of them lacks."""
+    done, chunk, progress = min(one.done for one in lacking), subject.context.options.chunk, subject.context.progress
+    progress.phase(what, -(-seeds.count // chunk))
+    for _ in range(done // chunk):
+        progress.advance(fresh=False)
+    if done >= seeds.count:
+        return
+    left = seeds.model_copy(update={"start": seeds.start + done, "count": seeds.count - done})
+    for batch in subject.sampler.images(None, left, steps=steps):
+        for one in lacking:
+            one.add(batch, seeds.start)
+        if all(one.builder.settled for one in lacking):
+            for one in lacking:
+                one.save()
+        progress.advance()
