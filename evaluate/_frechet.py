@@ -19,7 +19,7 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 EPS = torch.finfo(torch.float64).eps
-CLOSE = 1e-7  # relative error that `between_covariances` accepts of its fast way, by a bound that is rarely reached
+CLOSE = 1e-7  # relative error that is accepted of eigenvalues in place of singular values, by a bound that is rarely reached
 
 
 def root(covariance: Tensor) -> Tensor:
@@ -38,9 +38,14 @@ def distance(features: Tensor, mean: Tensor, root: Tensor) -> Tensor:
         raise ValueError(f"a covariance needs 2 images, got {n}")
     m = x.mean(0)
     x = x - m
-    overlap = torch.linalg.svdvals(x @ root).sum() / (n - 1) ** 0.5  # of L^T R (N, r)
-    total = (m - mean).square().sum() + x.square().sum() / (n - 1) + root.square().sum() - 2 * overlap
-    return total.clamp(min=0)
+    z = x @ root / (n - 1) ** 0.5  # (N, r): L^T R
+    apart = (m - mean).square().sum() + x.square().sum() / (n - 1) + root.square().sum()
+    if 0 < z.shape[1] < n:  # (r, r) is smaller than (N, r)
+        values = torch.linalg.eigvalsh(z.mT @ z).clamp(min=0)
+        total = apart - 2 * values.sqrt().sum()
+        if _felt(values) <= CLOSE * total:
+            return total
+    return (apart - 2 * torch.linalg.svdvals(z).sum()).clamp(min=0)
 
 
 class Subsets:
@@ -103,8 +108,8 @@ def between_covariances(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covar
     """Squared Frechet distance between two Gaussians given by means (D,) and covariances (D, D); the fastest from scratch.
 
     With both regular, C1 = L L^T, the eigenvalues of L^T C2 L are wanted and no singular value: a reduced generalized
-    eigenproblem. Each is good to EPS of the largest, so its root s to EPS max(s)^2 / s; where the sum of these could be felt,
-    or a covariance is singular, roots and singular values are taken.
+    eigenproblem. Where the rounding of these could be felt (`_felt`), or a covariance is singular, roots and singular values
+    are taken.
     """
     (lower, order), other = _cholesky(covariance1), _cholesky(covariance2)[0]
     if lower.shape[1] == other.shape[1] == len(lower):
@@ -112,10 +117,18 @@ def between_covariances(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covar
         reduced, _ = lapack.dsygst(permuted.numpy().T, lower.numpy(), itype=2, lower=1)
         values = torch.linalg.eigvalsh(torch.from_numpy(reduced)).clamp(min=0)
         total = (mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * values.sqrt().sum()
-        noise = EPS * values[-1]
-        if (noise / values.clamp(min=noise).sqrt()).sum() <= CLOSE * total:
+        if _felt(values) <= CLOSE * total:
             return total.item()
     return between(mean1, root(covariance1), mean2, root(covariance2))
+
+
+def _felt(values: Tensor) -> Tensor:
+    """How much of the rounding of eigenvalues (r,), ascending, could be felt in the sum of their roots.
+
+    Each is good to EPS of the largest, so its root s to EPS max(s)^2 / s.
+    """
+    noise = EPS * values[-1]
+    return (noise / values.clamp(min=noise).sqrt()).sum()
 
 
 def _cholesky(covariance: Tensor) -> tuple[Tensor, Tensor]:
