@@ -14,7 +14,7 @@ from typing import Any
 from ..core.candidate import canonical
 from ..core.errors import UserError
 from ..core.files import write_bytes
-from ._features import Features
+from ._extractor import Features
 from ._images import Images, printable
 from ._sketch import KEEP
 from ._statistics import Builder, Statistics

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from ..core.errors import UserError, one_line
 from ..core.methods import suggest
 from ._download import has_tokenizer, hub_file, hub_tokenizer
-from ._features import BATCH, LARGE, Normalised, exact, local_weights, read_json, sha256, weights_in
+from ._extractor import BATCH, LARGE, Normalised, exact, local_weights, read_json, sha256, weights_in
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 CONFIG = "open_clip_config.json"

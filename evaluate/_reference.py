@@ -10,7 +10,8 @@ from ..core.candidate import canonical
 from ..core.errors import UserError
 from ..core.methods import suggest
 from ._extraction import Extraction
-from ._features import ZOO, Features
+from ._extractor import Features
+from ._features import ZOO
 from ._images import Images
 from ._statistics import Statistics
 

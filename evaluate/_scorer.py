@@ -21,7 +21,7 @@ from ..core.candidate import Seeds, canonical
 from ..core.errors import UserError
 from ..core.measurement import Measurement, half_samples
 from . import _pixels
-from ._features import Features
+from ._extractor import Features
 from ._sample import NEEDS, Base, Rig, Sample, Score
 from ._statistics import Statistics
 

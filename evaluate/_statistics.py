@@ -27,7 +27,7 @@ from . import _frechet
 from ._sketch import KEEP, Sketch, key
 
 if TYPE_CHECKING:
-    from ._features import Features
+    from ._extractor import Features
 
 FORMAT = 2  # of a file with more than mean and m2, or with conversions or shards named; others stay 1; a newer one is refused
 KEY = "lissom_statistics"  # of the provenance in the file's metadata

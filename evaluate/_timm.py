@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.errors import UserError, one_line
 from ..core.methods import suggest
 from ._download import hub_file
-from ._features import LARGE, Normalised, local_weights, sha256, weights_in
+from ._extractor import LARGE, Normalised, local_weights, sha256, weights_in
 
 SIZE = 224  # S of DINOv2, as in the paper's own code
 WEIGHTS = ("model.safetensors",)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.errors import UserError, one_line
 from ._download import INCEPTION, fetch
-from ._features import BATCH, LARGE, Features, exact, sha256
+from ._extractor import BATCH, LARGE, Features, exact, sha256
 
 SIZE = 299  # S, where none is given
 

@@ -18,7 +18,7 @@ from ..core.errors import UserError, one_line
 from ..core.interrupts import deferred
 from . import _features
 from ._extraction import CHECKPOINT, Extraction, Told, signature_of
-from ._features import Features
+from ._extractor import Features
 from ._images import Images
 from ._sketch import KEEP
 

@@ -11,7 +11,7 @@ from .stats import Blocks
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..evaluate._features import Features
+    from ..evaluate._extractor import Features
     from ..evaluate._statistics import Statistics
 
 SAMPLE = 64  # images that are extracted again

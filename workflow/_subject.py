@@ -15,12 +15,12 @@ from ..core.errors import UserError, one_line
 from ..core.methods import suggest
 from ..core.models import Model
 from ._evaluator import Evaluator, chosen, default_reference, features_for
-from ._teacher import taught
+from ._teacher import Teacher, taught
 from .context import Context
 
 if TYPE_CHECKING:
     from ..core.sampling import Sampler
-    from ..evaluate._features import Features
+    from ..evaluate._extractor import Features
     from ..evaluate._scorer import View
     from ..evaluate._statistics import Statistics
 
@@ -169,7 +169,7 @@ class Subject:
         features = {name: self._extractor(self._features_name(name)) for name in asked if needs[name] & PAINTED}
         sources = {name: self._reference_name(name) for name in features if needs[name] & {"reference", "kept"}}
         pupils = list(dict.fromkeys(features[name] for name, source in sources.items() if source == "teacher"))
-        own = taught(self, role, cache, pupils) if pupils else {}
+        own = taught(Teacher(self.model, self.conditions, self.sampler, self.context), role, cache, pupils) if pupils else {}
         found: dict[str, View | None] = {}
         for name in asked:
             reference = None

@@ -1,22 +1,38 @@
 """Reference statistics of a model's own many-step images, for when there is no data set: made in one pass for all extractors."""
 
+import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ..core.candidate import Seeds
+from ..core.candidate import Scheduler, Seeds, canonical
+from ..core.conditions import Conditions
+from ..core.errors import UserError
+from ..core.models import Model
+from .context import Context
 
 if TYPE_CHECKING:
-    from ..core.sampling import Batch
-    from ..evaluate._features import Features
+    from ..core.sampling import Batch, Sampler
+    from ..evaluate._extractor import Features
     from ..evaluate._statistics import Statistics
-    from ._subject import Subject
 
 DONE = "done"  # in the record of unfinished statistics: how many images they are of
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """A model, ready to paint with many steps."""
+
+    model: Model
+    conditions: Conditions
+    sampler: "Sampler"
+    context: Context
+
+
 def taught(
-    subject: "Subject", role: Literal["search", "report"], cache: Path, extractors: "Sequence[Features]"
+    teacher: Teacher, role: Literal["search", "report"], cache: Path, extractors: "Sequence[Features]"
 ) -> "dict[str, Statistics]":
     """By each extractor's hash. Kept in `cache`, finished or not, so that kill -9 loses about a batch of images.
 
@@ -24,27 +40,38 @@ def taught(
     """
     from ..evaluate._statistics import Statistics
 
-    evaluate, seed, progress = subject.context.recipe.evaluate, subject.context.recipe.seed, subject.context.progress
+    evaluate, seed, progress = teacher.context.recipe.evaluate, teacher.context.recipe.seed, teacher.context.progress
     count = evaluate.samples
     seeds = Seeds(role="calibrate", base=seed, count=count, start=0 if role == "search" else count)
     source = (
-        f"teacher: {subject.model.ref}, {evaluate.teacher_steps} steps, seeds calibrate/{seed}/{seeds.start}+{count}, "
-        f"weights {subject.model.fingerprint[:16]}, conditions {subject.conditions.hash[:16]}"
+        f"teacher: {teacher.model.ref}, {evaluate.teacher_steps} steps, seeds calibrate/{seed}/{seeds.start}+{count}, "
+        f"weights {teacher.model.fingerprint[:16]}, conditions {teacher.conditions.hash[:16]}, settings {_settings(teacher)[:16]}"
     )
-    if len(subject.conditions) > count:
+    if len(teacher.conditions) > count:
         progress.warn(
-            f"{len(subject.conditions)} conditions but {count} images: candidates and the model's own images show "
+            f"{len(teacher.conditions)} conditions but {count} images: candidates and the model's own images show "
             "different ones. Give as many samples as conditions, or fewer conditions."
         )
     paths = {features.hash: cache / f"teacher-{role}-{features.hash[:12]}.safetensors" for features in extractors}
-    found = {key: Statistics.load(path) for key, path in paths.items() if path.is_file()}
-    found = {key: statistics for key, statistics in found.items() if statistics.provenance.source == source}
+    found = {}
+    for key, path in paths.items():
+        with suppress(UserError):  # missing or damaged: made again
+            statistics = Statistics.load(path)
+            if statistics.provenance.source == source:
+                found[key] = statistics
     lacking = [_Unfinished(features, paths[features.hash], source) for features in extractors if features.hash not in found]
     if lacking:
-        _paint(subject, seeds, evaluate.teacher_steps, lacking, f"{role} reference, {evaluate.teacher_steps} steps an image")
+        _paint(teacher, seeds, evaluate.teacher_steps, lacking, f"{role} reference, {evaluate.teacher_steps} steps an image")
         for one in lacking:
             found[one.features.hash] = one.finish()
     return found
+
+
+def _settings(teacher: Teacher) -> str:
+    """A hash of what else its images depend on."""
+    call = {key: repr(value) for key, value in teacher.sampler.call.items()}
+    scheduler = Scheduler.of(teacher.model.pipe.scheduler).plain()
+    return hashlib.sha256(canonical([call, scheduler, teacher.model.dtype]).encode()).hexdigest()
 
 
 class _Unfinished:
@@ -82,16 +109,16 @@ class _Unfinished:
         return statistics
 
 
-def _paint(subject: "Subject", seeds: Seeds, steps: int, lacking: list[_Unfinished], what: str) -> None:
+def _paint(teacher: Teacher, seeds: Seeds, steps: int, lacking: list[_Unfinished], what: str) -> None:
     """Make the images that at least one of them lacks."""
-    done, chunk, progress = min(one.done for one in lacking), subject.context.options.chunk, subject.context.progress
+    done, chunk, progress = min(one.done for one in lacking), teacher.context.options.chunk, teacher.context.progress
     progress.phase(what, -(-seeds.count // chunk))
     for _ in range(done // chunk):
         progress.advance(fresh=False)
     if done >= seeds.count:
         return
     left = seeds.model_copy(update={"start": seeds.start + done, "count": seeds.count - done})
-    for batch in subject.sampler.images(None, left, steps=steps):
+    for batch in teacher.sampler.images(None, left, steps=steps):
         for one in lacking:
             one.add(batch, seeds.start)
         if all(one.builder.settled for one in lacking):

@@ -14,7 +14,7 @@ from .context import Progress, Silent
 
 if TYPE_CHECKING:
     from ..evaluate._extraction import Extraction
-    from ..evaluate._features import Features
+    from ..evaluate._extractor import Features
     from ..evaluate._statistics import Statistics
     from ..evaluate._workers import Job
 

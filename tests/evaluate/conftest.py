@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lissom.evaluate import _features
+from lissom.evaluate import _extractor, _features
 from lissom.tests.evaluate.inception import save_inception
 from lissom.tests.evaluate.judge import save_judge
 
@@ -15,7 +15,7 @@ def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def judge(judge_folder: Path) -> _features.Features:
+def judge(judge_folder: Path) -> _extractor.Features:
     return _features.load(f"local-dir:{judge_folder}")
 
 

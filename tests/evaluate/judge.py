@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from lissom.evaluate._features import Features
+from lissom.evaluate._extractor import Features
 from safetensors.torch import save_file
 from torch import Tensor
 

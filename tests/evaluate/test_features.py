@@ -8,7 +8,7 @@ import pytest
 import torch
 from lissom.core.errors import UserError
 from lissom.evaluate import _features
-from lissom.evaluate._features import Features
+from lissom.evaluate._extractor import Features
 from lissom.tests.evaluate.judge import CLASSES, Means, images, save_judge
 from PIL import Image
 

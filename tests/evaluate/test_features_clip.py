@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import torch
 from lissom.core.errors import MissingOffline, UserError
-from lissom.evaluate import _features, _open_clip
+from lissom.evaluate import _extractor, _features, _open_clip
 from lissom.tests.evaluate.judge import images
 from open_clip import factory
 from PIL import Image
@@ -95,7 +95,7 @@ def test_openai_weights_get_their_activation(weights: Callable[[str], Path], cac
         close(loaded.extract(pixels), expected)
         close(loaded.encode_text(texts), model.encode_text(tokens).detach())
         assert (loaded.name, loaded.dim, loaded.resize) == (f"clip:ViT-B-32/{name}", 48, "clean-bicubic-224")
-        assert loaded.hash == _features.sha256(file) and loaded.has_text and not loaded.has_probabilities
+        assert loaded.hash == _extractor.sha256(file) and loaded.has_text and not loaded.has_probabilities
     other = _features.load("clip:ViT-B-32/openai").extract(pixels)
     assert (other - expected).abs().max() > 1e-3  # the activations do differ
 

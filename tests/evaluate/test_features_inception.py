@@ -6,8 +6,8 @@ import pytest
 import torch
 from lissom.core.errors import MissingOffline, UserError
 from lissom.core.measurement import Measurement
-from lissom.evaluate import _download, _features, _torchscript
-from lissom.evaluate._features import Features
+from lissom.evaluate import _download, _extractor, _features, _torchscript
+from lissom.evaluate._extractor import Features
 from lissom.tests.evaluate.judge import images
 from PIL import Image
 from torch import Tensor
@@ -22,7 +22,7 @@ def inception(inception_file: Path) -> Features:
 def official(inception_file: Path, monkeypatch: pytest.MonkeyPatch) -> _download.Remote:
     """A world in which NVIDIA's file is the random one."""
     remote = _download.Remote(
-        inception_file.name, "https://example.org/i.pt", inception_file.stat().st_size, _features.sha256(inception_file)
+        inception_file.name, "https://example.org/i.pt", inception_file.stat().st_size, _extractor.sha256(inception_file)
     )
     monkeypatch.setattr(_torchscript, "INCEPTION", remote)
     return remote

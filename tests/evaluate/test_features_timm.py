@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from lissom.core.errors import MissingOffline, UserError
-from lissom.evaluate import _features
+from lissom.evaluate import _extractor, _features
 from lissom.tests.evaluate.judge import images
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -49,7 +49,7 @@ def by_hand(weights: Path, pixels: Tensor) -> Tensor:
 def test_same_as_timm_by_hand(vits: Path) -> None:
     loaded = _features.load(f"dinov2:vits14/{vits}")
     assert (loaded.name, loaded.dim, loaded.resize) == ("dinov2:vits14/model.safetensors", 384, "clean-bicubic-224")
-    assert loaded.hash == _features.sha256(vits) and not loaded.has_text and not loaded.has_probabilities
+    assert loaded.hash == _extractor.sha256(vits) and not loaded.has_text and not loaded.has_probabilities
     pixels = images(3, size=224)
     found = loaded.extract(pixels)
     assert found.std(0).mean() > 0.01
@@ -60,7 +60,7 @@ def test_same_as_timm_by_hand(vits: Path) -> None:
 def test_one_model_has_one_name(vits: Path, cached: Callable[..., Path]) -> None:
     cached(f"timm/{VITS}", vits)
     loaded = [_features.load(f"dinov2:{name}") for name in ("vits14", VITS, VITS.partition(".")[0])]
-    assert {f.name for f in loaded} == {"dinov2:vits14"} and {f.hash for f in loaded} == {_features.sha256(vits)}
+    assert {f.name for f in loaded} == {"dinov2:vits14"} and {f.hash for f in loaded} == {_extractor.sha256(vits)}
     pixels = images(1, size=40)
     torch.testing.assert_close(loaded[0].extract(pixels), loaded[2].extract(pixels))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lissom.core.errors import UserError
-from lissom.evaluate import _features
+from lissom.evaluate import _extractor, _features
 from lissom.tests.evaluate.judge import images
 from torch import Tensor, nn
 
@@ -51,7 +51,7 @@ def test_a_module_by_hand(suffix: str, tmp_path: Path) -> None:
     for name in (f"torchscript:{path}@16", f"{path}@16"):
         loaded = _features.load(name)
         assert (loaded.name, loaded.dim, loaded.resize) == (f"torchscript:mine.{suffix}@16", 6, "clean-bicubic-16")
-        assert loaded.hash == _features.sha256(path) and not loaded.has_text and not loaded.has_probabilities
+        assert loaded.hash == _extractor.sha256(path) and not loaded.has_text and not loaded.has_probabilities
         torch.testing.assert_close(loaded.extract(pixels).double(), expected, rtol=1e-5, atol=1e-4)
         assert loaded.extract(images(1, size=40)).shape == (1, 6) and loaded.extract(images(0)).shape == (0, 6)
 

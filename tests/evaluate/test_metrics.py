@@ -12,7 +12,7 @@ from lissom.core.candidate import Seeds
 from lissom.core.errors import UserError
 from lissom.core.measurement import Measurement, half_samples
 from lissom.evaluate import _frechet, accuracy, clip_score, fid
-from lissom.evaluate._features import Features
+from lissom.evaluate._extractor import Features
 from lissom.evaluate._sample import NEEDS, Sample, mean_score
 from lissom.evaluate._scorer import Made, Scorer, Shown, View
 from lissom.evaluate._statistics import Statistics, of

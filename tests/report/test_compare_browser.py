@@ -1,16 +1,11 @@
 """What only a browser can say of a comparison's page: widths, wrapped texts, dark and light, sorting. Skipped without one."""
 
-import html
-import json
-import re
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 from lissom.report import compare_html
+from lissom.tests.report.browser import BROWSER, look
 from lissom.tests.report.compare_reports import EVERY
-from lissom.tests.report.test_prune_browser import BROWSER, QUIET
 
 PROBE = """<script>
 const box = element => element.getBoundingClientRect();
@@ -35,24 +30,10 @@ document.body.dataset.found = JSON.stringify(found);
 </script>"""
 
 
-def look(page: str, folder: Path, width: int, dark: bool) -> dict[str, Any]:
-    """What the probe finds in the page, in a window of that width (500 is the least that a browser without a screen has)."""
-    assert BROWSER is not None
-    path = folder / "page.html"
-    path.write_text(page.replace("</body>", PROBE + "</body>"), encoding="utf-8")
-    colors = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
-    window = [f"--window-size={width},900", f"--user-data-dir={folder / 'profile'}", colors]
-    command = [BROWSER, *QUIET.split(), *window, "--dump-dom", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    found = re.search(r'data-found="([^"]*)"', done.stdout)
-    assert found is not None, done.stderr
-    return dict(json.loads(html.unescape(found[1])))
-
-
 @pytest.mark.skipif(BROWSER is None, reason="no browser")
 @pytest.mark.parametrize(("name", "width", "dark"), [("regression", 1240, False), ("many", 500, True), ("hostile", 500, False)])
 def test_page_in_a_browser(name: str, width: int, dark: bool, tmp_path: Path) -> None:
-    found = look(compare_html.render(EVERY[name](), tmp_path), tmp_path, width, dark)
+    found = look(compare_html.render(EVERY[name](), tmp_path), PROBE, tmp_path, width, dark)
     assert found["width"] == width and found["scroll"] <= width  # only tables and code scroll sideways, each in its box
     assert found["escaping"] == [] and found["outside"] == [] and found["touching"] == []
     assert found["page"] == ("rgb(17, 21, 26)" if dark else "rgb(246, 247, 249)")

@@ -1,19 +1,12 @@
 """What only a browser can say of the page: real widths of letters, the sorting script, dark and light. Skipped without one."""
 
-import html
-import json
-import re
-import shutil
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 from lissom.report import prune_html
+from lissom.tests.report.browser import BROWSER, look
 from lissom.tests.report.prune_reports import SLOW, build
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-QUIET = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync --disable-component-update"
 PROBE = """<script>
 const column = i => [...document.querySelectorAll("#layers tbody tr")].map(row => row.cells[i].textContent);
 const sorted = i => { document.querySelectorAll("#layers th button")[i].click(); return column(i); };
@@ -37,26 +30,13 @@ document.body.dataset.found = JSON.stringify(found);
 </script>"""
 
 
-def look(page: str, folder: Path, width: int, dark: bool) -> dict[str, Any]:
-    """What the probe finds in the page, in a window of that width (500 is the least that a browser without a screen has)."""
-    path = folder / "page.html"
-    path.write_text(page.replace("</body>", PROBE + "</body>"), encoding="utf-8")
-    colors = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
-    window = [f"--window-size={width},900", f"--user-data-dir={folder / 'profile'}", colors]
-    command = [BROWSER, *QUIET.split(), *window, "--dump-dom", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    found = re.search(r'data-found="([^"]*)"', done.stdout)
-    assert found is not None, done.stderr
-    return dict(json.loads(html.unescape(found[1])))
-
-
 @pytest.mark.skipif(BROWSER is None, reason="no browser")
 @pytest.mark.parametrize(("network", "width", "dark"), [("sd15", 1200, False), ("sdxl", 500, True), ("flux", 500, False)])
 def test_page_in_a_browser(network: str, width: int, dark: bool, tmp_path: Path) -> None:
     layers = list(build(network).layers)
     layers[3] = layers[3].model_copy(update={"score": None})
     report = build(network, layers=tuple(layers), latency=SLOW, opens_plain=False)
-    found = look(prune_html.render(report, tmp_path), tmp_path, width, dark)
+    found = look(prune_html.render(report, tmp_path), PROBE, tmp_path, width, dark)
     assert found["width"] == width and found["scroll"] <= width  # only tables and code scroll sideways, each in its box
     assert found["spilling"] == [] and found["cramped"] == [] and found["escaping"] == []
     assert (found["page"], found["cell"] != "none") == ("rgb(17, 21, 26)" if dark else "rgb(246, 247, 249)", True)
