@@ -13,6 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from ..core.intervals import t_95
 from ..core.recipe import build
 from ..workflow.context import Context, Options, Silent
 from ..workflow.run import run
@@ -21,7 +22,6 @@ from . import _results
 TRIALS, SAMPLES = 120, 256  # candidates at 4 steps, images each
 MORE_STEPS = {6: 60, 10: 60}  # steps -> candidates
 RESCORED, REPORTED = 512, 1024  # images behind the choice of the winner, and behind each number reported
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, by number of search seeds
 
 
 class _Lines(Silent):
@@ -138,9 +138,9 @@ def _mean(values: list[float]) -> str:
     """Geometric mean over search seeds with its 95 % interval (Student's t on the logarithms)."""
     logs = [math.log(v) for v in values]
     centre = math.exp(statistics.fmean(logs))
-    if len(logs) not in T_95:
+    if len(logs) < 2:
         return f"{centre:.2f}"
-    error = T_95[len(logs)] * statistics.stdev(logs) / math.sqrt(len(logs))
+    error = t_95(len(logs)) * statistics.stdev(logs) / math.sqrt(len(logs))
     return f"{centre:.2f} [{centre * math.exp(-error):.2f}, {centre * math.exp(error):.2f}] over {len(logs)} search seeds"
 
 

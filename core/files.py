@@ -37,9 +37,28 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
             raise DiskError(f"{path}: cannot be written ({e.strerror}). Free space and go on with --resume.") from e
-        if e.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG):
+        if e.errno in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG):
             raise UserError(f"{path}: cannot be written ({e.strerror}). Choose another --out folder.") from e
         raise
+
+
+@contextmanager
+def locked(path: Path, what: Path) -> Iterator[None]:
+    """One process at a time works on `what`; the operating system frees the lock file `path` when its holder dies."""
+    from filelock import FileLock, Timeout
+
+    with disk_errors(what):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{what}: another lissom process is working on it. Wait for it, or choose another --out.") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def check_target(path: Path) -> None:

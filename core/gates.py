@@ -80,9 +80,9 @@ def check(metric: str, rule: Rule, limit: float, base: Measurement | None, candi
     if why := incomparable(base, candidate):
         return Check(metric=metric, label=label, rule=rule, limit=limit, verdict="INCOMPARABLE", reason=why)
     value, interval = _quantity(rule, base, candidate)
-    slack = (
-        0.0 if rule in ("min", "max") else ROUNDING * (1 if rule == "max_ratio" else max(abs(base.value), abs(candidate.value)))
-    )
+    counted = base.exact and candidate.exact  # nothing was rounded
+    scale = 1.0 if rule == "max_ratio" else max(abs(base.value), abs(candidate.value))
+    slack = 0.0 if alone or counted else ROUNDING * scale
     low, high = interval if interval is not None else (None, None)
     verdict, images, reason = _decide(rule, limit, value, interval, slack, candidate)
     return Check(

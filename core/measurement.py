@@ -8,13 +8,16 @@ from typing import Any, Literal
 from pydantic import Field
 
 from .candidate import Data, Request, Seeds
+from .intervals import PAIRS, UNSEEN, Interval, mover, spread, t_95, wilson
 
-REPLICATES = 40  # half-samples behind an interval, in 20 pairs; the standard error is known to about 1 / sqrt(2 * 20) = 16 %
+REPLICATES = (
+    2 * PAIRS
+)  # half-samples behind an interval, in 20 pairs; the standard error is known to about 1 / sqrt(2 * 20) = 16 %
 Z_POWER = 2.8016  # z_0.975 + z_0.8 of the normal distribution: a 95 % interval and a power of 80 %
 # What a distance is called with Inception's features, and with any others: only the first are comparable with papers.
 INCEPTIONS = {"fid": "FID", "fid_infinity": "FID∞", "kid": "KID"}
 OTHERS = {"fid": "FD", "fid_infinity": "FD∞", "kid": "KD"}
-T_95 = 2.085963  # two-sided 95 % quantile of Student's t with 20 degrees of freedom: the halves come in 20 opposite pairs
+SHARE = "share"  # the unit of what a count of images is divided by their number
 
 
 class Measurement(Data):
@@ -39,6 +42,7 @@ class Measurement(Data):
     exact: bool = False  # counted, not sampled: parameters, MACs
     settings: dict[str, Any] = Field(default_factory=dict)  # of the metric, where they are not its defaults
     conditions: dict[str, str] = Field(default_factory=dict)  # of what depends on the machine: batch, threads, graphics card, …
+    seen: str | None = None  # digest of the images' features: equal ones are equal images
     versions: dict[str, str] = Field(default_factory=dict)
     device: str = "cpu"
     dtype: str = "float32"
@@ -53,12 +57,18 @@ class Measurement(Data):
 
     @property
     def standard_error(self) -> float | None:
-        return 0.0 if self.exact else _spread(self.replicates)
+        return 0.0 if self.exact else spread(self.replicates)
 
-    def interval(self) -> tuple[float, float] | None:
-        """95 % interval of the value, or None without replicates."""
+    def interval(self) -> Interval | None:
+        """95 % interval of the value, or None without replicates. That of a share is never narrower than Wilson's."""
         error = self.standard_error
-        return None if error is None else (self.value - T_95 * error, self.value + T_95 * error)
+        if error is None:
+            return None
+        low, high = self.value - t_95(self.n) * error, self.value + t_95(self.n) * error
+        if self.unit != SHARE or self.exact or not 0 <= self.value <= 1:
+            return low, high
+        least, most = wilson(self.value, self.n)  # of 8 right out of 8, half-samples show no spread at all
+        return max(0.0, min(low, least)), min(1.0, max(high, most))
 
     def better(self, other: "Measurement") -> bool:
         return self.value < other.value if self.direction == "lower" else self.value > other.value
@@ -112,7 +122,7 @@ def half_samples(n: int, period: int = 1) -> tuple[tuple[int, ...], ...]:
     return tuple(halves)
 
 
-def ratio(a: Measurement, b: Measurement) -> tuple[float, tuple[float, float] | None]:
+def ratio(a: Measurement, b: Measurement) -> tuple[float, Interval | None]:
     """a / b with its 95 % interval, paired by half-sample when both used the same seeds, unpaired (wider) otherwise.
 
     The spread is that of the replicates relative to the full values, by the delta method on log(a / b). The replicates' own
@@ -123,22 +133,50 @@ def ratio(a: Measurement, b: Measurement) -> tuple[float, tuple[float, float] | 
     value = a.value / b.value
     if not _known(a, b) or a.value <= 0 or b.value <= 0:
         return value, None
+    if _shares(a, b) and not paired(a, b):
+        low, high = _logs(a), _logs(b)
+        if low is None or high is None:
+            return value, None
+        logs = mover(math.log(a.value), low, math.log(b.value), high)
+        return value, (math.exp(logs[0]), math.exp(logs[1]))
     error = _paired([x / a.value for x in a.replicates], [x / b.value for x in b.replicates], paired(a, b))
-    return value, (value * math.exp(-T_95 * error), value * math.exp(T_95 * error))
+    half = max(t_95(min(a.n, b.n)) * error, _doubt(a, b) / min(a.value, b.value))
+    return value, (value * math.exp(-half), value * math.exp(half))
 
 
-def difference(a: Measurement, b: Measurement) -> tuple[float, tuple[float, float] | None]:
+def difference(a: Measurement, b: Measurement) -> tuple[float, Interval | None]:
     """a - b with its 95 % interval, paired as in `ratio`."""
-    value = a.value - b.value
-    if not _known(a, b):
+    value, within_a, within_b = a.value - b.value, a.interval(), b.interval()
+    if within_a is None or within_b is None:
         return value, None
-    error = _paired(a.replicates, b.replicates, paired(a, b))
-    return value, (value - T_95 * error, value + T_95 * error)
+    if _shares(a, b) and not paired(a, b):
+        return value, mover(a.value, within_a, b.value, within_b)
+    half = max(t_95(min(a.n, b.n)) * _paired(a.replicates, b.replicates, paired(a, b)), _doubt(a, b))
+    return value, (value - half, value + half)
 
 
 def _known(a: Measurement, b: Measurement) -> bool:
     """Whether both spreads are known: with only one of them, an interval would be too narrow."""
     return a.standard_error is not None and b.standard_error is not None
+
+
+def _shares(a: Measurement, b: Measurement) -> bool:
+    return a.unit == b.unit == SHARE and not a.exact and max(a.value, b.value) <= 1
+
+
+def _logs(m: Measurement) -> Interval | None:
+    """The interval of the logarithm, or None where it reaches 0."""
+    within = m.interval()
+    return (math.log(within[0]), math.log(within[1])) if within is not None and within[0] > 0 else None
+
+
+def _doubt(a: Measurement, b: Measurement) -> float:
+    """How far two shares of the same seeds may be apart at least: images that came out alike in n tries might not in the next.
+
+    Of the same images there is no doubt.
+    """
+    same = a.seen is not None and a.seen == b.seen
+    return 0.0 if same or not _shares(a, b) else UNSEEN / min(a.n, b.n)
 
 
 def images_needed(measured: Measurement, difference: float) -> int | None:
@@ -160,12 +198,5 @@ def paired(a: Measurement, b: Measurement) -> bool:
 
 def _paired(a: Sequence[float], b: Sequence[float], same_seeds: bool) -> float:
     if same_seeds and len(a) == len(b):
-        return _spread([x - y for x, y in zip(a, b, strict=True)]) or 0.0
-    return math.hypot(_spread(a) or 0.0, _spread(b) or 0.0)
-
-
-def _spread(values: Sequence[float]) -> float | None:
-    if len(values) < 2:
-        return None
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+        return spread([x - y for x, y in zip(a, b, strict=True)]) or 0.0
+    return math.hypot(spread(a) or 0.0, spread(b) or 0.0)

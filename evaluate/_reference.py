@@ -53,6 +53,8 @@ def load(source: str, features: Features, role: Role, cache: Path | None = None)
         return Reference(_of_images(Path(source).expanduser(), features, role, cache), source, role, shared=False)
     statistics = Statistics.load(path)
     statistics.check(features)
+    if missing := statistics.provenance.shards:
+        raise UserError(f"{path}: only part {', '.join(missing)} of a reference. Merge all parts with `lissom stats build`.")
     return Reference(statistics, source, role, shared)
 
 

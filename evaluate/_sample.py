@@ -6,7 +6,7 @@ Shapes: N images, D features, C classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -52,6 +52,7 @@ class Rig:
     device: str
     costs: Callable[[], Costs]  # of one step of one image
     call: Callable[[int], Callable[[], None]]  # for a batch size: one run of the pipeline, over when the device has finished
+    weights: Callable[[], Iterable[Tensor]]  # of all components
     compiled: Callable[[], AbstractContextManager[None]]  # in it, the denoiser is compiled
     conditions: dict[str, str] = field(default_factory=dict)  # device, dtype, threads: what a time depends on
 

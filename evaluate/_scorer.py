@@ -61,8 +61,11 @@ class Scorer:
         self.modules: dict[str, ModuleType] = {name: methods.load("evaluate", name) for name in metrics}
         self.views = dict(metrics)
         settings = settings or {}
-        for name in settings.keys() - self.modules.keys():
-            raise UserError(f"settings for {name!r}, which is not among the metrics {', '.join(self.modules)}.")
+        for name, given in settings.items():
+            if name not in self.modules:
+                raise UserError(f"settings for {name!r}, which is not among the metrics {', '.join(self.modules)}.")
+            if not isinstance(given, Mapping):
+                raise UserError(f"settings for {name}: {given!r} belongs to none of them. Write {name}.KEY=VALUE.")
         self.configs = {name: _config(name, module, settings.get(name, {})) for name, module in self.modules.items()}
         self._texts: dict[tuple[str, str], Tensor] = {}  # embeddings (D,) of captions seen: every candidate has the same ones
         for name, module in self.modules.items():
@@ -158,6 +161,7 @@ class Made:
     period: int = 1  # after how many images the conditions repeat, so that half-samples are balanced (see `half_samples`)
     replicates: bool = True
     rig: Rig | None = None
+    base: str = ""  # what identifies the uncut model's images, where metrics compare with them
 
 
 @dataclass
@@ -168,6 +172,7 @@ class Collector:
     seen: list[dict[str, Tensor]] = field(default_factory=list)
     captions: list[str | None] = field(default_factory=list)
     labels: list[int | None] = field(default_factory=list)
+    _digests: dict[str, str] = field(default_factory=dict)
     each: dict[str, tuple[float, ...]] = field(default_factory=dict)  # after `finish`: numbers of single images, by metric
 
     def __len__(self) -> int:
@@ -241,6 +246,13 @@ class Collector:
             latent_squared_error=self._column("latent_squared_error") if latents else None,
         )
 
+    def _digest(self, features: Features) -> str:
+        """Of the images, as far as these features tell them apart."""
+        if features.hash not in self._digests:
+            content = self._column(features.hash).contiguous().numpy().tobytes()
+            self._digests[features.hash] = hashlib.sha256(content).hexdigest()[:16]
+        return self._digests[features.hash]
+
     def _column(self, key: str) -> Tensor:
         return torch.cat([seen[key] for seen in self.seen])
 
@@ -262,8 +274,9 @@ class Collector:
             seeds=made.seeds if painted else None,
             replicates=score.replicates,
             exact=score.exact,
+            seen=self._digest(view.features) if view is not None and painted else None,
             settings=scorer.configs[name].model_dump(mode="json", exclude_defaults=True),
-            conditions=score.conditions,
+            conditions={**score.conditions, "base": made.base} if "base" in module.needs else score.conditions,
             versions=_versions(features),
             device=made.device,
             dtype=made.dtype,

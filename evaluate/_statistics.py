@@ -33,6 +33,9 @@ FORMAT = 2  # of a file with more than mean and m2, or with conversions or shard
 KEY = "lissom_statistics"  # of the provenance in the file's metadata
 
 
+OPTIONAL = ("function", "converted", "shards")  # entries of a record that format 1 does not know
+
+
 class Provenance(BaseModel):
     """What the statistics were taken from, and by what."""
 
@@ -43,6 +46,9 @@ class Provenance(BaseModel):
     resize: str  # clean-bicubic-32, ...
     source: str = ""  # a folder, a zip, zoo:fashion/train, teacher, ...
     source_hash: str = ""  # sum of the sha256 of all images, modulo 2^256: the same in any order and however it was split
+    # Of generated images: a hash of all that they are a function of. They are known by it and not by their pixels, of which
+    # another device or library version moves some.
+    function: str = ""
     sizes: dict[str, int] = {}  # images by size before resizing: {"28x28": 60000}, width first
     skipped: tuple[str, ...] = ()  # images that could not be read
     converted: dict[str, int] = {}  # images that were not plain 8-bit RGB: {"grayscale": 5, "alpha": 2}; one may count twice
@@ -125,7 +131,7 @@ class Statistics:
         the tensors; statistics of bare features are identified by their bytes.
         """
         p = self.provenance
-        content = p.source_hash or self._digest()
+        content = p.function or p.source_hash or self._digest()
         return hashlib.sha256(canonical([p.features, p.features_hash, p.resize, self.n, content]).encode()).hexdigest()
 
     @property
@@ -137,6 +143,8 @@ class Statistics:
         """What a metric's value depends on: `hash`, and, for one that uses kept features, also which images they are of."""
         if not kept:
             return self.hash
+        if self.provenance.function:  # which images have the smallest hashes is chance
+            return hashlib.sha256(f"{self.hash}/{len(self.sketch)}".encode()).hexdigest()
         return hashlib.sha256(self.hash.encode() + self.sketch.keys.numpy().tobytes()).hexdigest()
 
     def update(self, features: Tensor, keys: Tensor | None = None) -> None:
@@ -169,6 +177,7 @@ class Statistics:
                 "source_hash": sum_hashes(p.source_hash for p in (a, b))
                 if all(s.provenance.source_hash for s in known)
                 else "",
+                "function": "",
                 "sizes": _added(a.sizes, b.sizes),
                 "skipped": a.skipped + b.skipped,
                 "converted": _added(a.converted, b.converted),
@@ -203,13 +212,13 @@ class Statistics:
 
     def content(self, **also: Any) -> bytes:
         """The bytes of the file; `also` goes into its record."""
-        given = {k: v for k, v in self.provenance.model_dump(mode="json").items() if v or k not in ("converted", "shards")}
+        given = {k: v for k, v in self.provenance.model_dump(mode="json").items() if v or k not in OPTIONAL}
         tensors = {"mean": self.mean.contiguous(), "m2": self.m2.contiguous()}
         newer = {"keep": self.sketch.limit, "build": self.build, **also}
         record = {"n": self.n, **given, **{k: v for k, v in newer.items() if v}}
         if self.sketch.limit:
             tensors |= {"keys": self.sketch.keys, "kept": self.sketch.rows}
-        record["format"] = FORMAT if record.keys() & {"converted", "shards", *newer} else 1
+        record["format"] = FORMAT if record.keys() & {*OPTIONAL, *newer} else 1
         record["checksum"] = self.checksum
         return save(tensors, {KEY: canonical(record)})
 

@@ -1,11 +1,11 @@
-"""Peak memory while one call of the whole pipeline runs, weights included.
+"""Peak memory of tensors while one call of the whole pipeline runs, its weights included.
 
-On CUDA it is what the allocator handed out at most, which is exact and repeats. Elsewhere it is the largest resident size of the
-process in that time: the interpreter and its libraries are in it, and the operating system's habits too.
+On CUDA it is what the allocator handed out at most, elsewhere the sum of all storages that were alive at once. Both repeat to the
+byte and leave out whatever else the process holds: the interpreter, its libraries, feature extractors. What kernels take for
+themselves while they run is seen on CUDA only.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,52 +14,44 @@ from ._sample import Part, Rig, Sample, Score
 
 parts = {"memory": Part("lower", "MiB")}
 needs = frozenset({"rig"})
-STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of Linux
 
 
 class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     paper: ClassVar[str] = ""
     batch: int = Field(1, ge=1)  # images per call
-    repeats: int = Field(4, ge=4)  # calls, after one that is not counted
 
 
 def evaluate(sample: Sample, config: Config) -> Score:
-    """Median over calls of the peak, in MiB. Raises SamplingError for a batch that does not fit into memory."""
-    import statistics
-
-    from ..core.measurement import half_samples
-
+    """The peak of a second call, in MiB. Raises SamplingError for a batch that does not fit into memory."""
     rig = sample.rig
     assert rig is not None  # in `needs`
     call = rig.call(config.batch)
-    call()
-    peaks, how = [], ""
-    for _ in range(config.repeats):
-        peak, how = _peak(rig, call)
-        peaks.append(peak / 2**20)
-    halves = tuple(statistics.median(peaks[i] for i in half) for half in half_samples(len(peaks)))
-    conditions = {**rig.conditions, "batch": str(config.batch), "memory of": how}
-    return Score(statistics.median(peaks), halves, n=len(peaks), conditions=conditions)
+    call()  # what is made once and kept, such as compiled kernels, is not the second call's
+    cuda = rig.device.startswith("cuda")
+    peak = _allocated(rig, call) if cuda else _alive(rig, call)
+    kept = ("device", "dtype") if cuda else ("dtype",)
+    conditions = {key: rig.conditions[key] for key in kept if key in rig.conditions}
+    return Score(
+        peak / 2**20, exact=True, n=0, conditions={**conditions, "batch": str(config.batch), "memory of": rig.device[:4]}
+    )
 
 
-def _peak(rig: Rig, call: Callable[[], None]) -> tuple[float, str]:
-    """Bytes, and what they are the peak of."""
+def _allocated(rig: Rig, call: Callable[[], None]) -> float:
+    """Bytes: the weights that wait on the device, and what the call adds to them."""
     import torch
 
-    if rig.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(rig.device)
-        call()
-        return float(torch.cuda.max_memory_allocated(rig.device)), "the device's allocator"
-    try:
-        RESET.write_text("5")  # from here on VmHWM is the peak since now
-    except OSError:  # not Linux, or not allowed: the peak of the process's whole life
-        import resource
-        import sys
-
-        call()
-        unit = 1 if sys.platform == "darwin" else 1024
-        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit), "the process since its start"
+    waiting = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in rig.weights() if t.is_cuda}
+    before = torch.cuda.memory_allocated(rig.device)
+    torch.cuda.reset_peak_memory_stats(rig.device)
     call()
-    line = next(text for text in STATUS.read_text().splitlines() if text.startswith("VmHWM"))
-    return 1024.0 * int(line.split()[1]), "the process"
+    return float(sum(waiting.values()) + torch.cuda.max_memory_allocated(rig.device) - before)
+
+
+def _alive(rig: Rig, call: Callable[[], None]) -> float:
+    """Bytes of all storages that were alive at once: the weights, and what operators returned and was still held."""
+    from ._storages import Storages
+
+    with Storages(rig.weights()) as storages:
+        call()
+    return float(storages.peak)

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TIE = 1e-12  # squared distances that differ by less, relative to the features' own length, are equal: float32 has 1e-7
-parts = {name: Part("higher", "share") for name in ("precision", "recall", "density", "coverage")}
+parts = {
+    "precision": Part("higher", "share"),
+    "recall": Part("higher", "share"),
+    "density": Part("higher"),  # may exceed 1
+    "coverage": Part("higher", "share"),
+}
 needs = frozenset({"features", "reference", "kept"})
 
 

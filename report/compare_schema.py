@@ -42,13 +42,6 @@ class Row(Data):
     incomparable: str = ""  # why the two may not be compared
     checks: tuple[Check, ...] = ()  # one per limit of the gate; empty where nothing is asked of this number
 
-    @property
-    def verdict(self) -> Verdict | None:
-        """The worst of its checks; None where nothing is asked."""
-        from ..core.gates import overall
-
-        return overall(self.checks) if self.checks else None
-
 
 class Pair(Data):
     """The images of one seed, before and after."""

@@ -1,12 +1,13 @@
 """The JSON of `lissom evaluate`: what `lissom compare` reads, and what a repository may keep as a baseline."""
 
 import json
+from pathlib import PurePath
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError
 
 from ..core.candidate import Data, SamplingPlan, Seeds
-from ..core.errors import UserError
+from ..core.errors import UserError, one_line
 from ..core.measurement import Measurement
 
 EVALUATION = 1  # schema of the file; raised when a field changes its meaning, added fields do not raise it
@@ -25,7 +26,7 @@ class Evaluation(Data):
 
     schema_version: int = EVALUATION
     kind: Literal["evaluation"] = "evaluation"
-    id: str = ""  # sha256 of everything that decides the result: an equal one is not measured again
+    identity: dict[str, Any] = Field(default_factory=dict)  # all that decides the result: an equal one is not measured again
     lissom: str  # version
     model: str  # reference, with the pinned revision
     model_hash: str
@@ -59,8 +60,11 @@ class Evaluation(Data):
         """Read what `text` wrote. Raises UserError, naming `where`, for anything else and for a newer schema."""
         try:
             raw = json.loads(text)
-        except ValueError as e:
-            raise UserError(f"{where}: not JSON ({e}). Give the file that `lissom evaluate --out FILE.json` wrote.") from e
+            json.dumps(raw, ensure_ascii=False).encode()  # half a surrogate pair could be read, but never written again
+        except (ValueError, RecursionError) as e:
+            raise UserError(
+                f"{where}: not JSON ({one_line(e)}). Give the file that `lissom evaluate --out FILE.json` wrote."
+            ) from e
         if not isinstance(raw, dict) or raw.get("kind") != "evaluation":
             kind = raw.get("kind", "no report of lissom") if isinstance(raw, dict) else f"a {type(raw).__name__}"
             raise UserError(
@@ -73,10 +77,17 @@ class Evaluation(Data):
                 + ("Update lissom here." if newer else "Measure the model again.")
             )
         try:
-            return cls.model_validate(_without_labels(raw))
+            found = cls.model_validate(_without_labels(raw))
+            for m in found.measurements:
+                m.interval()
         except ValidationError as e:
             first = e.errors()[0]
             raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}. Measure the model again.") from e
+        except OverflowError as e:
+            raise UserError(f"{where}: its numbers are too large to be true. Measure the model again.") from e
+        if found.images is not None and PurePath(found.images).name != found.images:
+            raise UserError(f"{where}: images {found.images!r} is no folder beside it. Measure the model again.")
+        return found
 
 
 def _without_labels(raw: dict[str, Any]) -> dict[str, Any]:

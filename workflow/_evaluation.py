@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import hashlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..core import methods
-from ..core.candidate import SamplingPlan, Scheduler, Seeds, canonical
+from ..core.candidate import SamplingPlan, Seeds
 from ..core.errors import UserError
 from ..core.files import write_text
 from ..core.measurement import Measurement
 from ..report.evaluation import Evaluation
 from ._evaluator import described
-from ._gallery import Gallery, locked
+from ._gallery import IMAGES, Gallery, differing, discard, locked
+from ._identity import Base, Who, said
 from ._painting import draw
 from ._report import environment
 from ._resolution import check_power, power, warnings
 from ._rig import rig_of
+from ._source import Source
 from ._subject import Subject
 from .context import Context
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from ..evaluate._scorer import Collector
 
 PICTURES = 64  # images kept as PNG beside the result
-IMAGES = ".images"  # FILE.images/ stands beside FILE.json
 
 
 @dataclass(frozen=True)
@@ -55,54 +55,43 @@ def evaluate(asked: Asked, context: Context, cache: Path) -> Evaluation:
     """
     from ..evaluate._scorer import Scorer
 
-    progress = context.progress
     needs = metric_needs(context)
-    subject, plan = ready(asked.ref, asked.plan, asked.steps, context)
-    parent = _parent(asked, subject, plan, needs)
-    who = _Who.of(subject)
+    seat = _Seat(context)
+    plan = planned(seat.take(asked.ref), asked.plan, asked.steps)
+    who, told = Who.of(seat.subject), described(seat.subject.conditions)
+    pruned_from = seat.subject.model.origin if seat.subject.model.origin != seat.subject.model.ref else None
+    uncut = _base_ref(asked, seat.subject, plan, pruned_from, needs)
     with contextlib.ExitStack() as stack:
         if asked.out is not None:
             stack.enter_context(locked(folder_of(asked.out)))
-        if parent is None:
-            uncut = subject
-        else:  # two models need not fit into memory together: this one comes back below
-            del subject
-            gc.collect()
-            uncut = Subject.load(parent, context)
-            if uncut.conditions.hash != who.prompts:
-                raise UserError(
-                    f"{parent}: has other prompts of its own than {asked.ref}. Give both the same with --prompts FILE."
-                )
-        scorer = Scorer(uncut.views("report", cache), settings=asked.settings)
-        scorer.check(*described(uncut.conditions))
+        teacher = pruned_from if pruned_from is not None and seat.subject.has_teacher else asked.ref
+        scorer = Scorer(seat.take(teacher, who.prompts).views("report", cache), settings=asked.settings)
+        scorer.check(*told)
         check_power(asked.power, scorer)
         seeds = Seeds(role="report", base=context.recipe.seed, count=context.recipe.evaluate.samples)
-        base = _Base.of(uncut, plan, asked.steps, own=parent is not None) if "base" in needs else None
+        base = None
+        if "base" in needs:
+            base = Base.of(seat.take(uncut, who.prompts), plan, asked.steps, own=uncut != asked.ref)
         identity = {
-            **who.plain(), "plan": plan and plan.plain(), "steps": asked.steps, "seeds": seeds.plain(), "metrics": scorer.id,
-            "base": base and base.plain(), "power": dict(asked.power),
+            **vars(who), "plan": plan and plan.plain(), "steps": asked.steps, "seeds": seeds.plain(), "metrics": scorer.id,
+            "base": base and base.plain(),
         }  # fmt: skip
-        digest = hashlib.sha256(canonical(identity).encode()).hexdigest()
-        if (known := _known(asked, digest)) is not None:
-            progress.say(f"{asked.out}: finished already")
+        if (known := _known(asked, identity)) is not None:
+            context.progress.say(f"{asked.out}: finished already")
             return known
         gallery = _gallery(asked, stack, cache, identity)
         if base is not None:
-            draw(uncut, base.plan, base.steps, seeds, gallery, "base", f"images of {base.said}")
-        if parent is not None:
-            del uncut
-            gc.collect()
-            subject, _ = ready(asked.ref, asked.plan, asked.steps, context)
-        collector = scorer.collect()
+            draw(seat.subject, base.plan, base.steps, seeds, gallery, "base", f"images of {base.said}")
+        subject, collector = seat.take(asked.ref), scorer.collect()
         if scorer.paints:
             what = f"images of {asked.ref}"
             draw(subject, plan, asked.steps, seeds, gallery, "images", what, scorer, asked.pictures)
             for indices, seen in gallery.read():
                 collector.append(seen, *_told(subject, indices))
-        measurements = _measured(subject, plan, asked.steps, seeds, collector)
+        measurements = _measured(subject, plan, asked.steps, seeds, collector, base)
         calls, seconds = gallery.spent()
         found = Evaluation(
-            id=digest,
+            identity=identity,
             lissom=__version__,
             model=subject.model.ref,
             model_hash=subject.model.fingerprint,
@@ -128,8 +117,33 @@ def evaluate(asked: Asked, context: Context, cache: Path) -> Evaluation:
             write_text(asked.out, found.text())
             gallery.finish()
     for text in found.warnings:
-        progress.warn(text)
+        context.progress.warn(text)
     return found
+
+
+class _Seat:
+    """For one model at a time: several need not fit into memory together. Nobody else may hold on to its subject."""
+
+    def __init__(self, context: Context) -> None:
+        self.context, self.ref = context, ""
+        self._subject: Subject | None = None
+
+    @property
+    def subject(self) -> Subject:
+        assert self._subject is not None  # one was taken
+        return self._subject
+
+    def take(self, ref: str, prompts: str | None = None) -> Subject:
+        """The model of this name. prompts: hash of those that it must have."""
+        if ref != self.ref:
+            self._subject, self.ref = None, ""
+            gc.collect()
+            self._subject, self.ref = Subject.load(ref, self.context), ref
+        if prompts is not None and self.subject.conditions.hash != prompts:
+            raise UserError(
+                f"{ref}: has other prompts of its own than the model that is measured. Give both the same with --prompts FILE."
+            )
+        return self.subject
 
 
 def folder_of(out: Path) -> Path:
@@ -138,77 +152,21 @@ def folder_of(out: Path) -> Path:
 
 
 def ready(ref: str, plan: SamplingPlan | None, steps: int | None, context: Context) -> tuple[Subject, SamplingPlan | None]:
-    """The model and the plan to follow: the given one, else an artifact's own, else none. Refused before any image is made."""
+    """The model and the plan to follow. Refused before any image is made."""
+    subject = Subject.load(ref, context)
+    return subject, planned(subject, plan, steps)
+
+
+def planned(subject: Subject, plan: SamplingPlan | None, steps: int | None) -> SamplingPlan | None:
+    """The plan to follow: the given one, else an artifact's own, else none. Raises UserError for what cannot be followed."""
     from ..core import driving
 
-    subject = Subject.load(ref, context)
     plan = plan or (subject.model.plan if steps is None else None)
     if plan is not None:
         driving.check(subject.model.pipe, plan)
     elif steps is not None:
         subject.check_steps(steps)
-    return subject, plan
-
-
-def said(plan: SamplingPlan | None, steps: int | None) -> str:
-    """How the images are made, in words."""
-    if plan is None:
-        return f"stock schedule of {steps} steps" if steps else "the pipeline's default schedule"
-    skips = sum(len(s.skip) for s in plan.steps)
-    times = ", ".join(f"{t:g}" for t in plan.timesteps)
-    return f"a plan of {len(plan.steps)} steps ({times}){f', {skips} layers skipped' if skips else ''}"
-
-
-@dataclass(frozen=True)
-class _Who:
-    """What the images are a function of, beside plan and seeds."""
-
-    model: str
-    scheduler: dict[str, Any]
-    prompts: str
-    call: dict[str, str]
-    device: str
-    dtype: str
-
-    @classmethod
-    def of(cls, subject: Subject) -> "_Who":
-        model = subject.model
-        return cls(
-            model.fingerprint,
-            Scheduler.of(model.pipe.scheduler).plain(),  # not in the fingerprint: a plan would hold it
-            subject.conditions.hash,
-            {key: repr(value) for key, value in subject.call.items()},
-            model.device.partition(":")[0],
-            model.dtype,
-        )
-
-    def plain(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-
-@dataclass(frozen=True)
-class _Base:
-    """How the uncut model paints: the same timesteps, no layer skipped."""
-
-    fingerprint: str
-    plan: SamplingPlan | None
-    steps: int | None
-    said: str
-
-    @classmethod
-    def of(cls, uncut: Subject, plan: SamplingPlan | None, steps: int | None, *, own: bool) -> "_Base":
-        """own: the uncut model is another one than the one that is measured, so that a plan that it brings counts."""
-        from ..core import driving
-
-        if plan is not None:
-            plan = plan.model_copy(update={"steps": tuple(s.model_copy(update={"skip": ()}) for s in plan.steps)})
-        plan = (uncut.model.plan if own and steps is None else None) or plan
-        if plan is not None:
-            driving.check(uncut.model.pipe, plan)
-        return cls(uncut.model.fingerprint, plan, steps, f"{uncut.model.ref}, {said(plan, steps)}")
-
-    def plain(self) -> dict[str, Any]:
-        return {"model": self.fingerprint, "plan": self.plan and self.plan.plain(), "steps": self.steps}
+    return plan
 
 
 def metric_needs(context: Context) -> frozenset[str]:
@@ -216,34 +174,34 @@ def metric_needs(context: Context) -> frozenset[str]:
     return frozenset[str]().union(*(methods.load("evaluate", name).needs for name in context.recipe.evaluate.metrics))
 
 
-def _parent(asked: Asked, subject: Subject, plan: SamplingPlan | None, needs: frozenset[str]) -> str | None:
-    """The other model that is needed: to be compared with image by image, or as the teacher of a pruned model."""
-    model = subject.model
-    pruned_from = model.origin if model.origin != model.ref else None
-    if "base" in needs:
-        parent = asked.base or pruned_from
-        if parent is None and not any(step.skip for step in (plan.steps if plan else ())):
-            raise UserError(f"fidelity: {model.ref} is the uncut model itself. Say with --base MODEL what to compare with.")
-        return parent
-    if asked.base is not None:
+def _base_ref(asked: Asked, subject: Subject, plan: SamplingPlan | None, pruned_from: str | None, needs: frozenset[str]) -> str:
+    """The model to be compared with image by image, where a metric does that."""
+    if "base" not in needs and asked.base is not None:
         raise UserError("--base: no metric that was asked for compares with it; add fidelity to --metrics.")
-    return pruned_from if subject.has_teacher else None
+    uncut = asked.base or pruned_from
+    if "base" in needs and uncut is None and not any(step.skip for step in (plan.steps if plan else ())):
+        raise UserError(f"fidelity: {subject.model.ref} is the uncut model itself. Say with --base MODEL what to compare with.")
+    return uncut or asked.ref
 
 
-def _known(asked: Asked, digest: str) -> Evaluation | None:
-    """The finished evaluation that is there already."""
+def _known(asked: Asked, identity: dict[str, Any]) -> Evaluation | None:
+    """The finished evaluation that is there already, with what is asked of its resolution now."""
     if asked.out is None or not asked.out.is_file():
         return None
     if not asked.resume:
         raise UserError(
             f"{asked.out}: is there already. Remove it, choose another --out, or add --resume to keep it if it is this one."
         )
-    found = Evaluation.parse(asked.out.read_text(encoding="utf-8"), str(asked.out))
-    if found.id != digest:
+    found = Source(str(asked.out)).evaluation()
+    if (other := differing(found.identity, identity)) is not None:
         raise UserError(
-            f"{asked.out}: holds another evaluation ({found.model}, {found.what}). Remove it, or choose another --out."
+            f"{asked.out}: holds an evaluation with another {other} ({found.model}, {found.what}). Remove it, or choose another --out."
         )
-    return found
+    discard(folder_of(asked.out))  # work that a kill left between the result and its end
+    renewed = found.model_copy(update={"power": power(asked.power, found.measurements)})
+    if renewed != found:
+        write_text(asked.out, renewed.text())
+    return renewed
 
 
 def _gallery(asked: Asked, stack: contextlib.ExitStack, cache: Path, identity: dict[str, Any]) -> Gallery:
@@ -255,14 +213,15 @@ def _gallery(asked: Asked, stack: contextlib.ExitStack, cache: Path, identity: d
 
 
 def _measured(
-    subject: Subject, plan: SamplingPlan | None, steps: int | None, seeds: Seeds, collector: "Collector"
+    subject: Subject, plan: SamplingPlan | None, steps: int | None, seeds: Seeds, collector: "Collector", base: Base | None
 ) -> tuple[Measurement, ...]:
     from ..evaluate._scorer import Made
 
     rig = rig_of(subject, plan, steps) if "rig" in collector.scorer.needs else None
     model, prompts = subject.model, subject.conditions
     with subject.asking():
-        return collector.finish(Made(seeds, prompts.hash, model.device, model.dtype, len(prompts), rig=rig))
+        made = Made(seeds, prompts.hash, model.device, model.dtype, len(prompts), rig=rig, base=base.digest if base else "")
+        return collector.finish(made)
 
 
 def _told(subject: Subject, indices: range) -> tuple[list[str | None], list[int | None]]:

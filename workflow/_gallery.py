@@ -11,12 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core import files
 from ..core.errors import UserError
 from ..core.files import disk_errors, write_bytes, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+IMAGES = ".images"  # FILE.images/ stands beside FILE.json
 WORK, IDENTITY = ".work", "identity.json"
 PER_IMAGE = "per-image.jsonl"
 
@@ -36,12 +38,13 @@ class Gallery:
                 raise UserError(
                     f"{folder}: holds an evaluation that was interrupted. Add --resume to go on with it, or remove it."
                 )
-            if (before := _json(kept)) != json.loads(json.dumps(identity)):
-                other = next((k for k in identity if before.get(k) != json.loads(json.dumps(identity[k]))), "format")
+            if (other := differing(_json(kept), identity)) is not None:
                 raise UserError(
                     f"{folder}: holds an interrupted evaluation with another {other}. Go on as it was started, remove it, or choose another --out."
                 )
         else:
+            for old in (*folder.glob("[0-9]" * 6 + ".png"), folder / PER_IMAGE):  # of an earlier evaluation
+                old.unlink(missing_ok=True)
             write_text(kept, json.dumps(identity, indent=1) + "\n")
 
     def done(self, part: str = "images") -> int:
@@ -69,28 +72,25 @@ class Gallery:
 
         calls, seconds = 0, 0.0
         for _, _, path in self._files(part):
-            with safe_open(path, framework="pt") as f:
+            with safe_open(path, framework="pt") as f:  # `read` was here before, and found it whole
                 record = f.metadata()
             calls, seconds = calls + int(record["calls"]), seconds + float(record["seconds"])
         return calls, seconds
 
     def read(self, part: str = "images") -> "Iterator[tuple[range, dict[str, Tensor]]]":
         """What was kept, in order."""
-        from safetensors.torch import load_file
-
         for start, stop, path in self._files(part):
-            yield range(start, stop), load_file(path)
+            yield range(start, stop), _tensors(path)
 
     def slice(self, indices: range, part: str) -> "dict[str, Tensor]":
         """What was kept of these images, however they were batched."""
         import torch
-        from safetensors.torch import load_file
 
         parts: list[dict[str, Any]] = []
         for start, stop, path in self._files(part):
             if start < indices.stop and stop > indices.start:
                 rows = slice(max(indices.start - start, 0), indices.stop - start)
-                parts.append({key: value[rows] for key, value in load_file(path).items()})
+                parts.append({key: value[rows] for key, value in _tensors(path).items()})
         return {key: torch.cat([p[key] for p in parts]) for key in parts[0]}
 
     def show(self, index: int, pixels: "Tensor") -> None:
@@ -109,8 +109,7 @@ class Gallery:
 
     def finish(self) -> None:
         """The result is written: what was only kept for going on can go."""
-        with disk_errors(self.work):
-            shutil.rmtree(self.work)
+        discard(self.folder)
 
     def _files(self, part: str) -> list[tuple[int, int, Path]]:
         found = []
@@ -120,6 +119,28 @@ class Gallery:
         return sorted(found)
 
 
+def _tensors(path: Path) -> "dict[str, Tensor]":
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path}: damaged ({e}). Remove it: its images are then made again.") from e
+
+
+def differing(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The first entry in which two identities differ, or None. Either may have been through JSON."""
+    one, two = (json.loads(json.dumps(identity)) for identity in (before, now))
+    return next((key for key in (*two, *one) if one.get(key) != two.get(key)), None)
+
+
+def discard(folder: Path) -> None:
+    """Take away what was only kept for going on."""
+    with disk_errors(folder):
+        shutil.rmtree(folder / WORK, ignore_errors=True)
+
+
 def picture(index: int) -> str:
     """The file name of an image's picture."""
     return f"{index:06}.png"
@@ -127,20 +148,10 @@ def picture(index: int) -> str:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process per gallery; the operating system frees the lock when its holder dies. An empty folder is taken back."""
-    from filelock import FileLock, Timeout
-
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
+    """One process per gallery. An empty folder is taken back."""
     try:
-        with FileLock(path, timeout=0):
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-    except Timeout:
-        raise UserError(f"{folder}: another lissom process is working in it. Wait for it, or choose another --out.") from None
+        with files.locked(folder / ".lock", folder):
+            yield
     finally:
         for place in (folder / WORK, folder):
             with suppress(OSError):  # not empty: pictures, or work to go on with

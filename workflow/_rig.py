@@ -12,6 +12,8 @@ from ..core.errors import SamplingError
 from ._subject import Subject
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..core.cost import Costs
     from ..evaluate._sample import Rig
 
@@ -28,9 +30,18 @@ def rig_of(subject: Subject, plan: SamplingPlan | None, steps: int | None) -> "R
         device=model.device,
         costs=functools.cache(lambda: _costs(subject)),
         call=lambda batch: _call(subject, plan, steps, batch),
+        weights=lambda: _weights(model.pipe),
         compiled=lambda: _compiled(subject),
         conditions=_conditions(model.device, model.dtype),
     )
+
+
+def _weights(pipe: Any) -> "Iterator[Tensor]":
+    """Parameters and buffers of every component."""
+    for part in pipe.components.values():
+        if hasattr(part, "parameters"):
+            yield from part.parameters()
+            yield from part.buffers()
 
 
 def _costs(subject: Subject) -> "Costs":

@@ -5,9 +5,9 @@ import json
 import subprocess
 from pathlib import Path, PurePosixPath
 
-from ..core.errors import UserError, one_line
+from ..core.errors import UserError
 from ..report.evaluation import Evaluation
-from ._gallery import PER_IMAGE
+from ._gallery import IMAGES, PER_IMAGE
 
 
 class Source:
@@ -23,6 +23,8 @@ class Source:
         revision, colon, path = text.partition(":")
         if not (revision and colon and path):
             raise UserError(f"--base-git {text}: write REV:PATH, e.g. main:baselines/model.json.")
+        if revision.startswith("-"):  # git would take it for an option
+            raise UserError(f"--base-git {text}: no revision begins with a dash.")
         return cls(path, revision)
 
     @property
@@ -63,22 +65,25 @@ class Source:
         return found
 
     def _beside(self, name: str) -> bytes | None:
-        images = self.evaluation().images
-        if images is None:
+        """Content of a file in the folder that the evaluation names, or in one that was renamed with it."""
+        path = PurePosixPath(Path(self.path).as_posix())
+        if self.evaluation().images is None:
             return None
-        place = PurePosixPath(Path(self.path).as_posix()).parent / images / name
-        if self.revision is None:
-            path = Path(place)
-            return path.read_bytes() if path.is_file() else None
-        return self._blob(str(place))
+        for folder in dict.fromkeys((str(self.evaluation().images), f"{path.stem}{IMAGES}")):
+            place = path.parent / folder / name
+            content = self._blob(str(place)) if self.revision else _content(Path(place))
+            if content is not None:
+                return content
+        return None
 
     def _show(self, path: str) -> bytes:
         content = self._blob(path)
         if content is None:
             ended = self._git("rev-parse", "--verify", "--quiet", f"{self.revision}^{{commit}}")
             if ended.returncode:
+                said = " ".join(ended.stderr.decode(errors="replace").split())
                 raise UserError(
-                    f"--base-git {self.name}: git knows no revision {self.revision!r} here ({one_line(Exception(ended.stderr.decode(errors='replace')))}). "
+                    f"--base-git {self.name}: git knows no revision {self.revision!r} here{f' ({said})' if said else ''}. "
                     "In CI, fetch it first: a checkout of depth 1 has no other revisions."
                 )
             raise UserError(
@@ -95,3 +100,7 @@ class Source:
             return subprocess.run(["git", *words], capture_output=True, check=False)
         except FileNotFoundError as e:
             raise UserError(f"--base-git {self.name}: there is no git here. Give the baseline as a file.") from e
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None

@@ -43,9 +43,11 @@ def taught(
     evaluate, seed, progress = teacher.context.recipe.evaluate, teacher.context.recipe.seed, teacher.context.progress
     count = evaluate.samples
     seeds = Seeds(role="calibrate", base=seed, count=count, start=0 if role == "search" else count)
+    function = _function(teacher, evaluate.teacher_steps, seeds)
+    model = teacher.model
     source = (
-        f"teacher: {teacher.model.ref}, {evaluate.teacher_steps} steps, seeds calibrate/{seed}/{seeds.start}+{count}, "
-        f"weights {teacher.model.fingerprint[:16]}, conditions {teacher.conditions.hash[:16]}, settings {_settings(teacher)[:16]}"
+        f"teacher: {model.ref}, {evaluate.teacher_steps} steps, seeds calibrate/{seed}/{seeds.start}+{count}, weights "
+        f"{model.fingerprint[:16]}, conditions {teacher.conditions.hash[:16]}, function {function[:16]}, {model.device}, {model.dtype}"
     )
     if len(teacher.conditions) > count:
         progress.warn(
@@ -59,7 +61,7 @@ def taught(
             statistics = Statistics.load(path)
             if statistics.provenance.source == source:
                 found[key] = statistics
-    lacking = [_Unfinished(features, paths[features.hash], source) for features in extractors if features.hash not in found]
+    lacking = [_Unfinished(f, paths[f.hash], source, function) for f in extractors if f.hash not in found]
     if lacking:
         _paint(teacher, seeds, evaluate.teacher_steps, lacking, f"{role} reference, {evaluate.teacher_steps} steps an image")
         for one in lacking:
@@ -67,21 +69,23 @@ def taught(
     return found
 
 
-def _settings(teacher: Teacher) -> str:
-    """A hash of what else its images depend on."""
+def _function(teacher: Teacher, steps: int, seeds: Seeds) -> str:
+    """A hash of all that its images are a function of; device and data type only move their last digits."""
     call = {key: repr(value) for key, value in teacher.sampler.call.items()}
     scheduler = Scheduler.of(teacher.model.pipe.scheduler).plain()
-    return hashlib.sha256(canonical([call, scheduler, teacher.model.dtype]).encode()).hexdigest()
+    parts = [teacher.model.fingerprint, scheduler, call, teacher.conditions.hash, steps, seeds.plain()]
+    return hashlib.sha256(canonical(parts).encode()).hexdigest()
 
 
 class _Unfinished:
     """Statistics on their way, with a state beside their file."""
 
-    def __init__(self, features: "Features", path: Path, source: str) -> None:
+    def __init__(self, features: "Features", path: Path, source: str, function: str) -> None:
+        """function: hash of all that the images are a function of."""
         from ..evaluate._sketch import KEEP
         from ..evaluate._statistics import Builder, Statistics
 
-        self.features, self.path, self.partial = features, path, path.with_suffix(".part")
+        self.features, self.path, self.partial, self.function = features, path, path.with_suffix(".part"), function
         statistics, self.done = Statistics.by(features, source, KEEP), 0
         if self.partial.is_file():
             kept, done = Statistics.read(self.partial, DONE)
@@ -104,6 +108,7 @@ class _Unfinished:
 
     def finish(self) -> "Statistics":
         statistics = self.builder.finish()
+        statistics.describe(function=self.function)
         statistics.save(self.path)
         self.partial.unlink(missing_ok=True)
         return statistics

@@ -96,18 +96,27 @@ def say(report: CompareReport) -> str:
 
 def announce(report: CompareReport) -> list[str]:
     """Tell the CI system that this runs on, where it is GitHub's; returns the lines that it reads off the output."""
+    lines = compare_github.annotations(report) if os.environ.get("GITHUB_ACTIONS") == "true" else []
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with disk_errors(Path(summary)), Path(summary).open("a", encoding="utf-8") as file:
-            file.write(compare_markdown.render(report, pictures=False) + "\n")  # they are not where the summary is shown
-    return compare_github.annotations(report) if os.environ.get("GITHUB_ACTIONS") == "true" else []
+        try:
+            with Path(summary).open("a", encoding="utf-8") as file:
+                file.write(compare_markdown.render(report, pictures=False) + "\n")  # they are not where the summary is shown
+        except OSError as e:  # the verdict stands all the same
+            lines.append(f"::warning::the job summary {summary} cannot be written ({e.strerror}).")
+    return lines
 
 
 def _default_gates(one: Evaluation, two: Evaluation) -> dict[str, Gate]:
-    both = [m for m in one.measurements if two.measured(m.metric) is not None]
-    if not both:
+    """Of everything that the baseline has: what the candidate does not have is not kept either."""
+    if not any(two.measured(m.metric) is not None for m in one.measurements):
         raise UserError("the two evaluations have no metric in common: measure both with the same --metrics.")
-    # A clock never shows the same time twice: of times and memory nothing is asked unless someone says how much they may vary.
-    return {m.metric: zero_tolerance(m) for m in both if m.seeds is not None or m.exact}
+    # A clock never shows the same time twice: of times nothing is asked unless someone says how much they may vary.
+    found = {m.metric: zero_tolerance(m) for m in one.measurements if m.seeds is not None or m.exact}
+    if not found:
+        raise UserError(
+            "only times were measured, which vary: say with --gates FILE how much they may, e.g. `latency: {max_ratio: 1.1}`."
+        )
+    return found
 
 
 def _rows(one: Evaluation, two: Evaluation, gates: Mapping[str, Gate]) -> list[Row]:
@@ -200,9 +209,9 @@ def _pixels(content: bytes) -> "np.ndarray | None":
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:  # what was written, and no other decoder
             return np.asarray(image.convert("RGB"), dtype=np.float64)
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
 

@@ -9,7 +9,8 @@ from ..core.candidate import SamplingPlan, Seeds
 from ..core.files import disk_errors
 from ..core.recipe import Recipe
 from ..report.evaluation import Evaluation
-from ._evaluation import metric_needs, ready, said
+from ._evaluation import metric_needs, ready
+from ._identity import said
 from .context import Context
 
 

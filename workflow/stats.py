@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
-from ..core.files import check_target
+from ..core.files import check_target, locked
 from .context import Progress, Silent
 
 if TYPE_CHECKING:
@@ -54,7 +54,10 @@ def build(asked: Build, progress: Progress | None = None) -> dict[str, Any]:
         raise UserError(
             f"{files[0]}: a statistics file among images. Build statistics of the images first, then merge all the files."
         )
-    was_there = _merge(asked, progress) if files else _extract(asked, progress)
+    if twice := next((source for i, source in enumerate(asked.sources) if source in asked.sources[:i]), None):
+        raise UserError(f"{twice}: is named twice, and its images would count twice. Name it once.")
+    with locked(asked.out.with_name(f".{asked.out.name}.lock"), asked.out):
+        was_there = _merge(asked, progress) if files else _extract(asked, progress)
     return {**show(asked.out), "seconds": round(time.monotonic() - began, 2), "finished_already": was_there}
 
 

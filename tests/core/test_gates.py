@@ -81,6 +81,10 @@ def test_counted_numbers_have_no_doubt() -> None:
     fewer = params.model_copy(update={"value": 75.0})
     assert check("params", "max_ratio", 0.75, params, fewer).verdict == "PASS"
     assert check("params", "max_ratio", 0.74, params, fewer).verdict == "REGRESSION"
+    large = params.model_copy(update={"value": 859_520_964.0})
+    for rule, limit in (("max_increase", 0.0), ("max_ratio", 1.0)):  # one more is more: nothing was rounded
+        more = large.model_copy(update={"value": 859_520_965.0})
+        assert check("params", rule, limit, large, more).verdict == "REGRESSION"  # type: ignore[arg-type]
     assert check("params", "max", 75, None, fewer).verdict == "PASS"
 
 
@@ -221,3 +225,10 @@ def test_features_and_references_of_single_metrics() -> None:
     assert parse(RECIPE + evaluate, "r.yaml").evaluate.features == {"default": "inception", "clip_score": "zoo:judge"}
     with pytest.raises(UserError, match=r"features.kid: neither default nor one of the metrics \(fid, clip_score\)"):
         parse(RECIPE + "evaluate: {features: {kid: inception}}\n", "r.yaml")
+
+
+@pytest.mark.parametrize("n", [8, 16, 32])
+def test_a_handful_of_images_proves_no_share(n: int) -> None:
+    perfect = mean_of([1.0] * n, metric="accuracy", unit="share", direction="higher")
+    assert check("accuracy", "min", 0.95, None, perfect).verdict == "INCONCLUSIVE"
+    assert check("accuracy", "min", 0.6, None, perfect).verdict == "PASS"

@@ -6,7 +6,8 @@ import statistics
 
 import pytest
 from lissom.core.candidate import Candidate, Request, Seeds
-from lissom.core.measurement import REPLICATES, T_95, Measurement, Trial, difference, half_samples, ratio
+from lissom.core.intervals import T_95, mover, t_95, wilson
+from lissom.core.measurement import REPLICATES, Measurement, Trial, difference, half_samples, ratio
 
 
 def measured(value: float, replicates: tuple[float, ...] = (), **changes: object) -> Measurement:
@@ -36,7 +37,17 @@ def test_halves_are_complementary_balanced_and_fixed(n: int, period: int) -> Non
 
 def test_the_quantile_is_that_of_student() -> None:
     scipy = pytest.importorskip("scipy.stats")
-    assert scipy.t.ppf(0.975, REPLICATES / 2) == pytest.approx(T_95, abs=1e-5)
+    assert scipy.t.ppf(0.975, range(1, 21)) == pytest.approx(T_95, abs=1e-5)
+    assert (t_95(4), t_95(21), t_95(10**6)) == (T_95[2], T_95[19], T_95[19])  # few values know less than 20 pairs of halves
+
+
+def test_wilson_is_scipys_and_newcombes_example() -> None:
+    scipy = pytest.importorskip("scipy.stats")
+    for k, n in ((0, 8), (8, 8), (3, 10), (820, 1024)):
+        found = scipy.binomtest(k, n).proportion_ci(method="wilson")
+        assert wilson(k / n, n) == pytest.approx((found.low, found.high), abs=1e-6)
+    one, two = 56 / 70, 48 / 80  # Newcombe 1998, table II (a): 0.0524 to 0.3339
+    assert mover(one, wilson(one, 70), two, wilson(two, 80)) == pytest.approx((0.0524, 0.3339), abs=5e-5)
 
 
 def test_the_standard_error_of_a_mean_is_sigma_over_root_n() -> None:
@@ -94,3 +105,37 @@ def test_a_cost_points_down_and_better_points_the_metrics_way() -> None:
     request = Request(candidate=Candidate(), seeds=Seeds(role="search", base=0, count=8))
     trial = Trial(number=0, request=request, measurements=(high,))
     assert trial.value("accuracy") == -0.9 and trial.value("fid") == math.inf
+
+
+def share_of(flags: list[bool], **changes: object) -> Measurement:
+    return mean_of([float(f) for f in flags], metric="accuracy", unit="share", direction="higher", **changes)
+
+
+def test_a_share_of_few_images_is_never_certain() -> None:
+    """Of 8 right out of 8 no half-sample shows any spread."""
+    all_right = share_of([True] * 8)
+    assert all_right.standard_error == 0 and all_right.interval() == pytest.approx(wilson(1.0, 8))
+    none = share_of([False] * 8, seeds=Seeds(role="report", base=1, count=8))
+    other = none.model_copy(update={"seeds": Seeds(role="report", base=2, count=8)})
+    gap, interval = difference(none, other)
+    assert gap == 0 and interval is not None and interval[0] < -0.3 and interval[1] > 0.3
+    _, paired = difference(all_right, all_right)  # images that came out alike in 8 tries might not in the next
+    assert paired is not None and paired[1] == pytest.approx(-math.log(0.025) / 8)
+    same = all_right.model_copy(update={"seen": "a"})
+    assert difference(same, same) == (0.0, (0.0, 0.0)) and ratio(same, same) == (1.0, (1.0, 1.0))  # equal images leave no doubt
+    assert ratio(none, other)[1] is None
+
+
+@pytest.mark.parametrize(("n", "truth"), [(8, 0.9), (16, 0.97), (64, 0.99), (64, 0.5)])
+def test_intervals_of_shares_hold_the_truth(n: int, truth: float) -> None:
+    rng, held, apart = random.Random(n), 0, 0
+    for _ in range(400):
+        one, two = (
+            share_of([rng.random() < truth for _ in range(n)], seeds=Seeds(role="report", base=b, count=n)) for b in (0, 1)
+        )
+        low, high = one.interval() or (2, 2)
+        held += low <= truth <= high
+        _, interval = difference(one, two)
+        assert interval is not None
+        apart += interval[0] <= 0 <= interval[1]
+    assert held / 400 >= 0.93 and apart / 400 >= 0.93

@@ -139,3 +139,13 @@ def test_missing_sources(tmp_path: Path) -> None:
 def test_made_elsewhere() -> None:
     statistics = Statistics.by(Means(), "teacher")
     assert Reference.of(statistics, "search") == Reference(statistics, "teacher", "search", shared=False)
+
+
+def test_a_part_of_a_reference_is_refused(tmp_path: Path) -> None:
+    part = of(Means(), [images(20)], "part")
+    part.describe(shards=("1/2",))
+    part.save(tmp_path / "part.safetensors")
+    with pytest.raises(
+        UserError, match=r"part.safetensors: only part 1/2 of a reference. Merge all parts with `lissom stats build`"
+    ):
+        _reference.load(str(tmp_path / "part.safetensors"), Means(), "report")

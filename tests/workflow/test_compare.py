@@ -39,7 +39,7 @@ def candidate(tmp_path: Path) -> Path:
 def test_gated_rows_come_first_and_every_number_has_one(base: Path, candidate: Path) -> None:
     report = compared(base, candidate, GATES)
     assert [row.metric for row in report.rows] == ["fid", "params", "clip_score"]
-    assert [row.verdict for row in report.rows] == ["PASS", "PASS", None]
+    assert [[c.verdict for c in row.checks] for row in report.rows] == [["PASS"], ["PASS"], []]
     assert (report.verdict, report.exit_code, len(report.checks)) == ("PASS", 0, 2)
     fid = report.rows[0]
     assert fid.paired and fid.difference is not None and fid.difference.value == pytest.approx(0.2, abs=0.02)
@@ -51,7 +51,7 @@ def test_gated_rows_come_first_and_every_number_has_one(base: Path, candidate: P
 def test_without_gates_any_change_for_the_worse_counts(base: Path, candidate: Path) -> None:
     report = compared(base, candidate)
     assert report.gates == {"fid": Gate(max_increase=0), "clip_score": Gate(max_decrease=0), "params": Gate(max_increase=0)}
-    assert [row.verdict for row in report.rows] == ["REGRESSION", "REGRESSION", "PASS"]
+    assert [c.verdict for c in report.checks] == ["REGRESSION", "REGRESSION", "PASS"]
     assert (report.verdict, report.exit_code) == ("REGRESSION", 3)
     assert compared(base, base).verdict == "PASS"
 
@@ -142,6 +142,31 @@ def test_a_baseline_of_another_revision(base: Path, candidate: Path, tmp_path: P
         Source.git("v9:base.json").evaluation()
     with pytest.raises(UserError, match=r"--base-git main: write REV:PATH"):
         Source.git("main")
+    with pytest.raises(UserError, match=r"no revision begins with a dash"):
+        Source.git("--output=x:base.json")
+
+
+def test_a_metric_that_the_candidate_dropped_is_not_kept(base: Path, tmp_path: Path) -> None:
+    fewer = write(tmp_path / "fewer.json", evaluation(measured("fid")))
+    report = compared(base, fewer)
+    assert (report.verdict, report.exit_code) == ("INCOMPARABLE", 4)
+    assert [c.metric for c in report.checks if c.verdict == "INCOMPARABLE"] == ["clip_score", "params"]
+    timed = evaluation(measured("latency", seeds=None, prompts=None))
+    clocks = [write(tmp_path / f"{name}.json", timed) for name in ("one", "two")]
+    with pytest.raises(UserError, match="only times were measured, which vary: say with --gates FILE"):
+        compared(*clocks)
+    assert compared(*clocks, {"latency": Gate(max_ratio=1.5)}).verdict == "PASS"
+
+
+def test_pictures_are_found_after_a_renaming_and_never_elsewhere(base: Path, tmp_path: Path) -> None:
+    base.rename(tmp_path / "renamed.json")
+    (tmp_path / "base.images").rename(tmp_path / "renamed.images")
+    assert Source(str(tmp_path / "renamed.json")).picture("000000.png") is not None
+    raw = json.loads((tmp_path / "renamed.json").read_text())
+    for elsewhere in ("../elsewhere", "/etc"):
+        (tmp_path / "x.json").write_text(json.dumps(raw | {"images": elsewhere}))
+        with pytest.raises(UserError, match="is no folder beside it"):
+            Source(str(tmp_path / "x.json")).evaluation()
 
 
 def test_github_is_told_where_it_listens(base: Path, candidate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +179,8 @@ def test_github_is_told_where_it_listens(base: Path, candidate: Path, tmp_path: 
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
     lines = work.announce(report)
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "none" / "summary.md"))
+    assert work.announce(report)[-1].startswith("::warning::the job summary ")  # the verdict stands all the same
     assert sum(line.startswith("::error ") for line in lines) == 2
     assert summary.read_text().startswith("before\n# REGRESSION: ") and "pairs/" not in summary.read_text()
 
@@ -167,6 +194,8 @@ def test_github_is_told_where_it_listens(base: Path, candidate: Path, tmp_path: 
         (json.dumps({"kind": "evaluation", "schema_version": 0}), r"schema 0 .* Measure the model again"),
         (json.dumps({"kind": "evaluation", "schema_version": 1}), r"Field required. Measure the model again"),
         (json.dumps({"kind": "evaluation", "schema_version": 1, "measurements": [3]}), r"Measure the model again"),
+        ("[" * 200_000, "not JSON"), ('{"kind": "\\ud800"}', "not JSON"),
+        (evaluation(measured("fid", replicates=(1e308, 1e308, -1e308), value=1e308)).text(), "too large to be true"),
     ],
 )  # fmt: skip
 def test_files_that_are_no_evaluation(tmp_path: Path, text: str, said: str) -> None:

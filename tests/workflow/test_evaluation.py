@@ -79,8 +79,39 @@ def test_finished_work_is_not_done_again(whole: tuple[Path, Evaluation], monkeyp
     assert measure(tmp, again) == found
     with pytest.raises(UserError, match=r"base.json: is there already. Remove it, choose another --out, or add --resume"):
         measure(tmp, Asked("zoo:fashion", steps=2, out=tmp / "base.json"))
-    with pytest.raises(UserError, match=r"base.json: holds another evaluation \(zoo:fashion, stock schedule of 2 steps\)"):
+    with pytest.raises(UserError, match=r"base.json: holds an evaluation with another steps \(zoo:fashion, stock"):
         measure(tmp, Asked("zoo:fashion", steps=3, out=tmp / "base.json", resume=True))
+    with pytest.raises(UserError, match="with another chunk"):  # which moves the last digits
+        measure(tmp, Asked("zoo:fashion", steps=2, out=tmp / "base.json", resume=True), chunk=6)
+
+
+def test_a_finished_evaluation_answers_more_questions_and_is_tidied(
+    whole: tuple[Path, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    out = tmp_path / "base.json"
+    shutil.copy(whole[0] / "base.json", out)
+    shutil.copytree(whole[0] / "base.images", tmp_path / "base.images")
+    left = tmp_path / "base.images" / ".work"  # as a kill between the result and its end leaves it
+    left.mkdir()
+    (left / "identity.json").write_text("{}")
+    monkeypatch.setattr(sampling.Sampler, "images", lambda *_, **__: pytest.fail("an image was made"))
+    found = measure(tmp_path, Asked("zoo:fashion", steps=2, out=out, resume=True, power={"clip_score": 0.01}))
+    assert [p.metric for p in found.power] == ["clip_score"] and Evaluation.parse(out.read_text(), "x") == found
+    assert not left.exists() and (tmp_path / "base.images" / "000000.png").is_file()
+    out.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="base.json: not a text file"):
+        measure(tmp_path, Asked("zoo:fashion", steps=2, out=out, resume=True))
+
+
+def test_pictures_of_an_earlier_evaluation_do_not_stay(tmp_path: Path) -> None:
+    out, images = tmp_path / "p.json", tmp_path / "p.images"
+    measure(tmp_path, Asked("zoo:fashion", steps=1, out=out, pictures=8))
+    assert len(list(images.glob("*.png"))) == 8
+    out.unlink()
+    measure(tmp_path, Asked("zoo:fashion", steps=2, out=out, pictures=2))
+    assert sorted(p.name for p in images.glob("*.png")) == ["000000.png", "000001.png"]
 
 
 def test_kill_9_loses_the_batch_in_flight_and_nothing_else(whole: tuple[Path, Evaluation], tmp_path: Path) -> None:
@@ -226,6 +257,53 @@ def test_each_metric_may_look_through_features_of_its_own(tmp_path: Path) -> Non
     assert [m.label for m in found.measurements] == ["FD[local-dir:tiny-judge]", "clip_score[zoo:judge]"]
 
 
+def test_a_teacher_is_known_by_what_its_images_are_a_function_of(tmp_path: Path) -> None:
+    """Other batches move single pixels, which is no other reference; other call arguments are."""
+
+    def reference(chunk: int, **call: Any) -> str | None:
+        given = context(chunk=chunk, metrics=["fid", "kid"], reference="teacher", teacher_steps=2)
+        recipe = given.recipe.model_copy(update={"call": call})
+        asked = Asked("zoo:fashion", steps=1)
+        cache = tmp_path / f"{chunk}"  # kept statistics of other arguments are not taken
+        found = evaluate(asked, Context(recipe, given.base, given.options, given.progress), cache)
+        fid, kid = found.measurements
+        assert fid.reference != kid.reference  # which depends on the kept images too
+        return fid.reference
+
+    assert reference(4) == reference(5) != reference(5, guidance_scale=3.0)
+
+
+def test_the_base_says_what_fidelity_is_comparable_with_and_touches_nothing_else(tmp_path: Path) -> None:
+    from lissom.core.gates import incomparable
+
+    metrics = ["fid", "fidelity"]
+    one = measure(tmp_path, Asked("zoo:fashion", steps=2, base="zoo:fashion"), metrics=metrics)
+    two = measure(tmp_path, Asked("zoo:fashion", steps=1, base="zoo:fashion"), metrics=metrics)  # the base took one step too
+    alone = measure(tmp_path, Asked("zoo:fashion", steps=2), metrics=["fid"])
+
+    def both(metric: str, a: Evaluation, b: Evaluation) -> str | None:
+        x, y = a.measured(metric), b.measured(metric)
+        assert x is not None and y is not None
+        return incomparable(x, y)
+
+    assert both("fid", one, alone) is None and both("fid", one, two) is None
+    assert "base (" in (both("psnr", one, two) or "") and both("psnr", one, one) is None
+
+
+def test_damaged_work_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "d.json"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Gallery, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        measure(tmp_path, Asked("zoo:fashion", steps=1, out=out))
+    out.unlink()
+    batch = sorted((tmp_path / "d.images" / ".work").glob("images-*"))[1]
+    batch.write_bytes(batch.read_bytes()[:50])
+    with pytest.raises(UserError, match=rf"{batch.name}: damaged .*Remove it: its images are then made again"):
+        measure(tmp_path, Asked("zoo:fashion", steps=1, out=out, resume=True))
+    batch.unlink()
+    assert measure(tmp_path, Asked("zoo:fashion", steps=1, out=out, resume=True)).samples == SAMPLES
+
+
 def test_what_cannot_be_answered_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--power kid: kid is not measured here, only fid"):
         measure(tmp_path, Asked("zoo:fashion", steps=1, power={"kid": 1.0}))
@@ -233,6 +311,8 @@ def test_what_cannot_be_answered_is_refused(tmp_path: Path) -> None:
         measure(tmp_path, Asked("zoo:fashion", steps=1, power={"params": 1.0}), metrics=["params"])
     with pytest.raises(UserError, match="settings for 'kid', which is not among the metrics"):
         measure(tmp_path, Asked("zoo:fashion", steps=1, settings={"kid": {"x": 1}}))
+    with pytest.raises(UserError, match="settings for fid: 3 belongs to none of them. Write fid.KEY=VALUE"):
+        measure(tmp_path, Asked("zoo:fashion", steps=1, settings={"fid": 3}))  # type: ignore[dict-item]
 
 
 def test_a_teacher_is_kept_image_by_image_and_paints_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,8 +184,12 @@ def test_merging_says_what_is_lost_or_counted_twice(folder: Path, tmp_path: Path
     of(Means(), [images(9)], "a").save(a)
     of(Means(), [images(12)[4:]], "b").save(b)
     of(Means(), [images(5, seed=3)], "bare", keep=0).save(bare)
-    with pytest.raises(UserError, match=r"a.safetensors: holds the same images as .*a.safetensors. Merge each only once"):
+    with pytest.raises(UserError, match=r"a.safetensors: is named twice, and its images would count twice. Name it once"):
         built(out, a, b, a, features=None)
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(a.read_bytes())
+    with pytest.raises(UserError, match=r"copy.safetensors: holds the same images as .*a.safetensors. Merge each only once"):
+        built(out, a, b, copy, features=None)
     notes = Notes()
     made = built(out, a, b, features=None, progress=notes)
     assert made["n"] == 17 and made["kept"] == 12 and notes.warnings[0].startswith("5 kept images are in more than one")
