@@ -30,6 +30,7 @@ class Part:
 
     direction: Literal["lower", "higher"]
     unit: str = ""
+    featured: bool = True  # whether it depends on the features, of a metric that needs some
 
 
 @dataclass(frozen=True)

@@ -260,7 +260,7 @@ class Collector:
         scorer, module, view = self.scorer, self.scorer.modules[name], self.scorer.views[name]
         painted = bool(module.needs & PAINTED)
         kind = module.parts[part.partition("@")[0]]
-        features = view.features if view is not None and "features" in module.needs else None
+        features = view.features if view is not None and "features" in module.needs and kind.featured else None
         return Measurement(
             metric=part,
             value=score.value,

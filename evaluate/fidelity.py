@@ -13,9 +13,9 @@ from ._sample import Part, Sample, Score, mean_score
 
 parts = {
     "fidelity": Part("lower", "cosine distance"),
-    "ssim": Part("higher"),
-    "psnr": Part("higher", "dB"),
-    "latent_mse": Part("lower"),
+    "ssim": Part("higher", featured=False),
+    "psnr": Part("higher", "dB", featured=False),
+    "latent_mse": Part("lower", featured=False),
 }
 needs = frozenset({"features", "base"})
 EQUAL = 1e-10  # mean squared error below which pixels count as equal: 100 dB

@@ -185,6 +185,8 @@ def test_fidelity_to_the_same_plan_without_skips(tmp_path: Path) -> None:
     assert set(values(found)) == {"fidelity", "ssim", "psnr", "latent_mse", "macs"}
     assert 0 < values(found)["fidelity"] < 2 and -1 < values(found)["ssim"] < 1 and values(found)["latent_mse"] > 0
     assert found.base == "zoo:fashion, a plan of 2 steps (999, 400)"
+    labels = [m.label for m in found.measurements]
+    assert labels == ["fidelity[zoo:judge]", "ssim", "psnr", "latent_mse", "macs"]  # only one of them looks through features
     assert all(m.seeds is not None and m.interval() is not None for m in found.measurements if not m.exact)
 
 
