@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.candidate import SamplingPlan, Seeds
 from ._gallery import Gallery
 from ._subject import Subject
+from .context import remaining
 
 if TYPE_CHECKING:
     from ..core.sampling import Batch
@@ -26,13 +27,10 @@ def draw(
     """Make the images that the gallery lacks, and keep what the scorer sees of them; without one, the images themselves."""
     from ..evaluate._scorer import Shown
 
-    done, chunk, progress = gallery.done(part), subject.context.options.chunk, subject.context.progress
-    progress.phase(what, -(-seeds.count // chunk))
-    for _ in range(done // chunk):
-        progress.advance(fresh=False)
-    if done >= seeds.count:
+    progress = subject.context.progress
+    left = remaining(progress, what, seeds, gallery.done(part), subject.context.options.chunk)
+    if left is None:
         return
-    left = seeds.model_copy(update={"start": seeds.start + done, "count": seeds.count - done})
     calls, began = subject.sampler.calls, time.monotonic()
     with subject.asking():
         for batch in subject.sampler.images(plan, left, steps=steps):

@@ -11,7 +11,7 @@ from ..core.candidate import Scheduler, Seeds, canonical
 from ..core.conditions import Conditions
 from ..core.errors import UserError
 from ..core.models import Model
-from .context import Context
+from .context import Context, remaining
 
 if TYPE_CHECKING:
     from ..core.sampling import Batch, Sampler
@@ -116,13 +116,10 @@ class _Unfinished:
 
 def _paint(teacher: Teacher, seeds: Seeds, steps: int, lacking: list[_Unfinished], what: str) -> None:
     """Make the images that at least one of them lacks."""
-    done, chunk, progress = min(one.done for one in lacking), teacher.context.options.chunk, teacher.context.progress
-    progress.phase(what, -(-seeds.count // chunk))
-    for _ in range(done // chunk):
-        progress.advance(fresh=False)
-    if done >= seeds.count:
+    progress, done = teacher.context.progress, min(one.done for one in lacking)
+    left = remaining(progress, what, seeds, done, teacher.context.options.chunk)
+    if left is None:
         return
-    left = seeds.model_copy(update={"start": seeds.start + done, "count": seeds.count - done})
     for batch in teacher.sampler.images(None, left, steps=steps):
         for one in lacking:
             one.add(batch, seeds.start)

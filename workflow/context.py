@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from ..core.candidate import Seeds
 from ..core.recipe import Recipe
 
 
@@ -46,6 +47,16 @@ class Silent:
     def advance(self, note: str = "", *, fresh: bool = True) -> None: ...
     def say(self, text: str) -> None: ...
     def warn(self, text: str) -> None: ...
+
+
+def remaining(progress: Progress, what: str, seeds: Seeds, done: int, chunk: int) -> Seeds | None:
+    """Begin a phase of images that come in chunks, `done` of them being there: the seeds that are left, or None."""
+    progress.phase(f"{what}, in batches", -(-seeds.count // chunk))
+    for _ in range(done // chunk):
+        progress.advance(fresh=False)
+    if done >= seeds.count:
+        return None
+    return seeds.model_copy(update={"start": seeds.start + done, "count": seeds.count - done})
 
 
 @dataclass(frozen=True)
