@@ -54,6 +54,10 @@ def locked(path: Path, what: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"{what}: another lissom process is working on it. Wait for it, or choose another --out.") from None
+        except OSError as e:
+            if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            raise UserError(f"{what}: cannot be locked there ({e.strerror}). Choose an --out on a local disk.") from e
     try:
         yield
     finally:

@@ -131,7 +131,9 @@ def metrics_behind(gates: Mapping[str, Gate], measured: tuple[str, ...] = ()) ->
             known |= dict.fromkeys(methods.load("evaluate", own).parts, own)
     needed = []
     for name in gates:
-        part = name.partition("@")[0]
+        part, at, batch = name.partition("@")
+        if at and not (part in ("latency", "latency_p90") and batch.isdigit() and int(batch) > 1):
+            raise UserError(f"gates: {name!r}: only latency and latency_p90 have a batch size behind an @, of 2 or more.")
         if part not in known:
             raise UserError(f"gates: no metric {name!r}; there are {', '.join(known)}.{methods.suggest(name, known)}")
         needed.append(known[part])

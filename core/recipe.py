@@ -26,15 +26,6 @@ class Evaluate(Data):
     samples: int = Field(default=2048, ge=4)  # images behind each number that is reported
     teacher_steps: int = Field(default=50, ge=1)  # for reference: teacher, steps of the model's own outputs
 
-    @model_validator(mode="after")
-    def _known(self) -> "Evaluate":
-        for name in ("features", "reference"):
-            given = getattr(self, name)
-            for key in given if isinstance(given, dict) else ():
-                if key not in ("default", *self.metrics):
-                    raise ValueError(f"{name}.{key}: neither default nor one of the metrics ({', '.join(self.metrics)})")
-        return self
-
 
 class SearchStage(Data):
     """Search a sampling plan: `{search: METHOD, steps: K, …}`. The method's own settings stand beside these keys."""
@@ -210,11 +201,8 @@ def build(
             if error["type"] == "too_short" and len(errors) > 1:
                 continue  # pydantic also says that a list whose items are wrong is empty
             complain(error["loc"], _message(error))
-    for name in recipe.gates if recipe is not None else ():
-        try:
-            metrics_behind({name: Gate(min=0)}, recipe.evaluate.metrics if recipe is not None else ())
-        except UserError as e:
-            complain(("gates", name), str(e).removeprefix("gates: "))
+    if recipe is not None:
+        _gates(recipe, complain)
     if wrong or recipe is None:
         raise UserError("\n".join(dict.fromkeys(wrong)))
     return recipe
@@ -301,6 +289,28 @@ def _stage(raw: Any, at: tuple[str | int, ...], complain: Any) -> Any:
     for error in errors:
         complain((*at, *error["loc"]), _message(error, known))
     return None if errors else stage
+
+
+def _gates(recipe: Recipe, complain: Any) -> None:
+    """What cannot be measured for the gates, and features or references of metrics that nobody asked for."""
+    measured = list(recipe.evaluate.metrics)
+    for name in recipe.gates:
+        try:
+            measured += metrics_behind({name: Gate(min=0)}, recipe.evaluate.metrics)
+        except UserError as e:
+            complain(("gates", name), str(e).removeprefix("gates: "))
+    for what in ("features", "reference"):
+        given = getattr(recipe.evaluate, what)
+        for key in given if isinstance(given, dict) else ():
+            if key not in ("default", *measured):
+                complain(
+                    ("evaluate", what, key), f"neither default nor one of the metrics ({', '.join(dict.fromkeys(measured))})"
+                )
+    features = recipe.evaluate.features
+    if isinstance(features, dict) and "default" not in features and not recipe.model.startswith("zoo:"):
+        for name in dict.fromkeys(measured[len(recipe.evaluate.metrics) :]):
+            if name not in features and "features" in methods.load("evaluate", name).needs:
+                complain(("evaluate", "features"), f"{name}, which a gate names, has none: add an entry for it, or a default")
 
 
 def _mapping(text: str, where: str, expected: str) -> tuple[dict[str, Any], dict[tuple[str | int, ...], int], list[str]]:

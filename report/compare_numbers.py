@@ -21,7 +21,10 @@ def meaning(row: Row) -> Meaning:
     found = row.difference
     if found is None or found.low is None or found.high is None:
         return "not known"
-    if max(abs(found.low), abs(found.high)) <= ROUNDING * max(abs(row.base.value), abs(row.candidate.value)):
+    rounding = (
+        0.0 if exact(row) else ROUNDING * max(abs(row.base.value), abs(row.candidate.value))
+    )  # of counts nothing was rounded
+    if max(abs(found.low), abs(found.high)) <= rounding:
         return "the same"
     if found.low <= 0 <= found.high:
         return "no measurable change"

@@ -4,7 +4,7 @@ import contextlib
 import gc
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,12 @@ from ..core.files import write_text
 from ..core.measurement import Measurement
 from ..report.evaluation import Evaluation
 from ._evaluator import described
-from ._gallery import IMAGES, Gallery, differing, discard, locked
+from ._gallery import IMAGES, Gallery, check_work, differing, discard, locked
 from ._identity import Base, Who, said
 from ._painting import draw
 from ._report import environment
 from ._resolution import check_power, power, warnings
-from ._rig import rig_of
+from ._rig import machine, rig_of
 from ._source import Source
 from ._subject import Subject
 from .context import Context
@@ -61,21 +61,22 @@ def evaluate(asked: Asked, context: Context, cache: Path) -> Evaluation:
     who, told = Who.of(seat.subject), described(seat.subject.conditions)
     pruned_from = seat.subject.model.origin if seat.subject.model.origin != seat.subject.model.ref else None
     uncut = _base_ref(asked, seat.subject, plan, pruned_from, needs)
+    seeds = Seeds(role="report", base=context.recipe.seed, count=context.recipe.evaluate.samples)
+    if "rig" in needs:  # numbers of one machine are not another's
+        who = replace(who, machine={**machine(who.device, who.dtype), "offload": context.options.offload})
     with contextlib.ExitStack() as stack:
+        early = {**vars(who), "plan": plan and plan.plain(), "steps": asked.steps, "seeds": seeds.plain()}
         if asked.out is not None:
-            stack.enter_context(locked(folder_of(asked.out)))
+            stack.enter_context(locked(asked.out, folder_of(asked.out)))
+            _refuse(asked, asked.out, early)  # before a reference is made that may take hours
         teacher = pruned_from if pruned_from is not None and seat.subject.has_teacher else asked.ref
         scorer = Scorer(seat.take(teacher, who.prompts).views("report", cache), settings=asked.settings)
         scorer.check(*told)
         check_power(asked.power, scorer)
-        seeds = Seeds(role="report", base=context.recipe.seed, count=context.recipe.evaluate.samples)
         base = None
         if "base" in needs:
             base = Base.of(seat.take(uncut, who.prompts), plan, asked.steps, own=uncut != asked.ref)
-        identity = {
-            **vars(who), "plan": plan and plan.plain(), "steps": asked.steps, "seeds": seeds.plain(), "metrics": scorer.id,
-            "base": base and base.plain(),
-        }  # fmt: skip
+        identity = {**early, "metrics": scorer.id, "base": base and base.plain()}
         if (known := _known(asked, identity)) is not None:
             context.progress.say(f"{asked.out}: finished already")
             return known
@@ -184,19 +185,32 @@ def _base_ref(asked: Asked, subject: Subject, plan: SamplingPlan | None, pruned_
     return uncut or asked.ref
 
 
+def _refuse(asked: Asked, out: Path, early: dict[str, Any]) -> None:
+    """UserError where what is at `out`, finished or not, is not to go on or is another evaluation, as far as is known by now."""
+    if not out.is_file():
+        check_work(folder_of(out), early, asked.resume)
+        return
+    if not asked.resume:
+        raise UserError(
+            f"{out}: is there already. Remove it, choose another --out, or add --resume to keep it if it is this one."
+        )
+    found = Source(str(out)).evaluation()
+    _same(out, found, {**found.identity, **early})
+
+
+def _same(out: Path, found: Evaluation, identity: dict[str, Any]) -> None:
+    if (other := differing(found.identity, identity)) is not None:
+        raise UserError(
+            f"{out}: holds an evaluation with another {other} ({found.model}, {found.what}). Remove it, or choose another --out."
+        )
+
+
 def _known(asked: Asked, identity: dict[str, Any]) -> Evaluation | None:
     """The finished evaluation that is there already, with what is asked of its resolution now."""
     if asked.out is None or not asked.out.is_file():
         return None
-    if not asked.resume:
-        raise UserError(
-            f"{asked.out}: is there already. Remove it, choose another --out, or add --resume to keep it if it is this one."
-        )
     found = Source(str(asked.out)).evaluation()
-    if (other := differing(found.identity, identity)) is not None:
-        raise UserError(
-            f"{asked.out}: holds an evaluation with another {other} ({found.model}, {found.what}). Remove it, or choose another --out."
-        )
+    _same(asked.out, found, identity)
     discard(folder_of(asked.out))  # work that a kill left between the result and its end
     renewed = found.model_copy(update={"power": power(asked.power, found.measurements)})
     if renewed != found:
@@ -219,9 +233,8 @@ def _measured(
 
     rig = rig_of(subject, plan, steps) if "rig" in collector.scorer.needs else None
     model, prompts = subject.model, subject.conditions
-    with subject.asking():
-        made = Made(seeds, prompts.hash, model.device, model.dtype, len(prompts), rig=rig, base=base.digest if base else "")
-        return collector.finish(made)
+    made = Made(seeds, prompts.hash, model.device, model.dtype, len(prompts), rig=rig, base=base.digest if base else "")
+    return collector.finish(made)
 
 
 def _told(subject: Subject, indices: range) -> tuple[list[str | None], list[int | None]]:

@@ -33,19 +33,23 @@ class Gallery:
         """
         self.folder, self.work = folder, folder / WORK
         kept = self.work / IDENTITY
+        check_work(folder, identity, resume)
         if kept.is_file():
-            if not resume:
-                raise UserError(
-                    f"{folder}: holds an evaluation that was interrupted. Add --resume to go on with it, or remove it."
-                )
-            if (other := differing(_json(kept), identity)) is not None:
-                raise UserError(
-                    f"{folder}: holds an interrupted evaluation with another {other}. Go on as it was started, remove it, or choose another --out."
-                )
-        else:
-            for old in (*folder.glob("[0-9]" * 6 + ".png"), folder / PER_IMAGE):  # of an earlier evaluation
-                old.unlink(missing_ok=True)
-            write_text(kept, json.dumps(identity, indent=1) + "\n")
+            for part in ("images", "base"):
+                self._tidy(part)
+            return
+        for old in (*folder.glob("[0-9]" * 6 + ".png"), folder / PER_IMAGE):  # of an earlier evaluation
+            old.unlink(missing_ok=True)
+        write_text(kept, json.dumps(identity, indent=1) + "\n")
+
+    def _tidy(self, part: str) -> None:
+        """Keep the images from the first one on, each once: somebody may have removed a damaged file."""
+        at = 0
+        for start, stop, path in self._files(part):
+            if start == at:
+                at = stop
+            else:
+                path.unlink()
 
     def done(self, part: str = "images") -> int:
         """Images 0 to done - 1 of a part ("images", "base") are there."""
@@ -147,15 +151,32 @@ def picture(index: int) -> str:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process per gallery. An empty folder is taken back."""
-    try:
-        with files.locked(folder / ".lock", folder):
+def locked(out: Path, folder: Path) -> Iterator[None]:
+    """One process per evaluation, finished or not. Its folder is taken back if it stays empty."""
+    with files.locked(out.with_name(f".{out.name}.lock"), out):
+        try:
             yield
-    finally:
-        for place in (folder / WORK, folder):
-            with suppress(OSError):  # not empty: pictures, or work to go on with
-                place.rmdir()
+        finally:
+            for place in (folder / WORK, folder):
+                with suppress(OSError):  # not empty: pictures, or work to go on with; or never made
+                    place.rmdir()
+
+
+def check_work(folder: Path, identity: dict[str, Any], resume: bool) -> None:
+    """UserError where the folder holds interrupted work that is not to go on, or that is of another evaluation.
+
+    identity: all of it, or what is known so far.
+    """
+    kept = folder / WORK / IDENTITY
+    if not kept.is_file():
+        return
+    if not resume:
+        raise UserError(f"{folder}: holds an evaluation that was interrupted. Add --resume to go on with it, or remove it.")
+    before = _json(kept)
+    if (other := differing(before, {**before, **identity})) is not None:
+        raise UserError(
+            f"{folder}: holds an interrupted evaluation with another {other}. Go on as it was started, remove it, or choose another --out."
+        )
 
 
 def _json(path: Path) -> dict[str, Any]:

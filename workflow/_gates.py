@@ -27,12 +27,19 @@ def judge(recipe: Recipe, made: Artifact, out: Path, context: Context) -> Compar
     alone = [
         name for name in asked if "base" not in methods.load("evaluate", name).needs
     ]  # the baseline has no other to be like
-    steps = _steps(recipe, made)
-    base = _measured(recipe, recipe.model, alone, Asked(recipe.model, steps=steps), folder / "base.json", context)
+    steps, settings = _steps(recipe, made), _settings(recipe)
+    base = _measured(
+        recipe, recipe.model, alone, Asked(recipe.model, steps=steps, settings=settings), folder / "base.json", context
+    )
     ref = str(Path(made.ref).resolve())
     uncut = recipe.model if len(alone) < len(asked) else None
     candidate = _measured(
-        recipe, ref, list(asked), Asked(ref, plan=made.plan, steps=steps, base=uncut), folder / "candidate.json", context
+        recipe,
+        ref,
+        list(asked),
+        Asked(ref, plan=made.plan, steps=steps, base=uncut, settings=settings),
+        folder / "candidate.json",
+        context,
     )
     again = f"lissom run {out}"
     report = compare.compare(
@@ -48,6 +55,12 @@ def _measured(recipe: Recipe, ref: str, metrics: list[str], asked: Asked, file: 
     asked = replace(asked, steps=None if planned else asked.steps, out=file, resume=True)
     evaluate(asked, replace(context, recipe=own), file.parent)
     return Source(str(file))
+
+
+def _settings(recipe: Recipe) -> dict[str, dict[str, object]]:
+    """Of metrics: the batch sizes that gates name, as latency@8."""
+    batches = sorted({int(size) for name in recipe.gates if (size := name.partition("@")[2])})
+    return {"latency": {"batches": [1, *batches]}} if batches else {}
 
 
 def _steps(recipe: Recipe, made: Artifact) -> int | None:

@@ -1,7 +1,7 @@
 """What the images of an evaluation are a function of: an equal one is gone on with, or not measured again."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -31,6 +31,7 @@ class Who:
     device: str
     dtype: str
     versions: dict[str, str]
+    machine: dict[str, str] = field(default_factory=dict)  # where times or memory are measured
 
     @classmethod
     def of(cls, subject: Subject) -> "Who":

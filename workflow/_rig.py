@@ -32,7 +32,7 @@ def rig_of(subject: Subject, plan: SamplingPlan | None, steps: int | None) -> "R
         call=lambda batch: _call(subject, plan, steps, batch),
         weights=lambda: _weights(model.pipe),
         compiled=lambda: _compiled(subject),
-        conditions=_conditions(model.device, model.dtype),
+        conditions=machine(model.device, model.dtype),
     )
 
 
@@ -47,7 +47,8 @@ def _weights(pipe: Any) -> "Iterator[Tensor]":
 def _costs(subject: Subject) -> "Costs":
     from ..core import cost
 
-    return cost.measure(subject.model.pipe, {**subject.conditions.arguments(range(1)), **subject.call})
+    with subject.asking():
+        return cost.measure(subject.model.pipe, {**subject.conditions.arguments(range(1)), **subject.call})
 
 
 def _call(subject: Subject, plan: SamplingPlan | None, steps: int | None, batch: int) -> Callable[[], None]:
@@ -58,11 +59,14 @@ def _call(subject: Subject, plan: SamplingPlan | None, steps: int | None, batch:
     seeds = Seeds(role="calibrate", base=subject.context.recipe.seed, count=batch)
 
     def once() -> None:
-        for _ in sampler.images(plan, seeds, steps=steps):
-            pass
+        with subject.asking():
+            for _ in sampler.images(plan, seeds, steps=steps):
+                pass
         _synchronize(subject.model.device)
         if sampler.chunk != batch:
-            raise SamplingError(f"batch {batch} does not fit into memory. Time smaller ones, e.g. --set latency.batches=[1].")
+            raise SamplingError(
+                f"batch {batch} does not fit into memory. Measure a smaller one (latency.batches, memory.batch)."
+            )
 
     return once
 
@@ -92,7 +96,8 @@ def _synchronize(device: str) -> None:
         torch.mps.synchronize()
 
 
-def _conditions(device: str, dtype: str) -> dict[str, str]:
+def machine(device: str, dtype: str) -> dict[str, str]:
+    """What a time depends on, beside the pipeline."""
     import torch
 
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()

@@ -25,8 +25,9 @@ from ._source import Source
 if TYPE_CHECKING:
     import numpy as np
 
+GAP = 64  # pictures that may be missing before the rest is not looked for
 PAIRS = "pairs"  # folder of the pictures that the report shows
-NO_GATES = "none given: zero tolerance for all that was measured on images or counted"
+NO_GATES = "none given: zero tolerance for all that does not depend on the machine"
 
 
 def compare(
@@ -69,7 +70,9 @@ def write(report: CompareReport, base: Source, candidate: Source, out: Path) -> 
 
 def _make_room(out: Path) -> None:
     """An earlier comparison may be written over; anything else in the folder is not ours."""
-    prepare(out, resume=_is_ours(out))
+    if out.is_dir() and any(out.iterdir()) and not _is_ours(out):
+        raise UserError(f"{out}: is not empty, and holds something else than a comparison. Choose another --out folder.")
+    prepare(out, resume=True)
     with disk_errors(out):
         shutil.rmtree(out / PAIRS, ignore_errors=True)
 
@@ -110,11 +113,12 @@ def _default_gates(one: Evaluation, two: Evaluation) -> dict[str, Gate]:
     """Of everything that the baseline has: what the candidate does not have is not kept either."""
     if not any(two.measured(m.metric) is not None for m in one.measurements):
         raise UserError("the two evaluations have no metric in common: measure both with the same --metrics.")
-    # A clock never shows the same time twice: of times nothing is asked unless someone says how much they may vary.
-    found = {m.metric: zero_tolerance(m) for m in one.measurements if m.seeds is not None or m.exact}
+    # A clock never shows the same time twice, and memory moves by bytes: of what depends on the machine nothing is asked unless
+    # someone says how much it may vary.
+    found = {m.metric: zero_tolerance(m) for m in one.measurements if m.seeds is not None or (m.exact and not m.conditions)}
     if not found:
         raise UserError(
-            "only times were measured, which vary: say with --gates FILE how much they may, e.g. `latency: {max_ratio: 1.1}`."
+            "only times and memory were measured, which vary: say with --gates FILE how much they may, e.g. `latency: {max_ratio: 1.1}`."
         )
     return found
 
@@ -182,11 +186,15 @@ def _pairs(base: Source, candidate: Source, out: Path) -> tuple[tuple[Pair, ...]
     firsts = {next((m.prompts for m in e.measurements if m.seeds is not None), None) for e in (one, two)}
     if (one.seeds.role, one.seeds.base) != (two.seeds.role, two.seeds.base) or len(firsts) > 1:
         return (), "the two were made with other seeds or prompts, so that no two images belong together."
-    captions, found = base.captions(), []
+    captions, missing = base.captions(), 0
+    found: list[Pair] = []
     for index in range(min(one.samples, two.samples)):
         pictures = [source.picture(picture(index)) for source in (base, candidate)]
         if pictures[0] is None or pictures[1] is None:
-            break
+            missing += 1
+            if missing > GAP:
+                break
+            continue
         a, b = (_pixels(content) for content in pictures if content is not None)
         if a is None or b is None or a.shape != b.shape:
             return (), f"the pictures of image {index} cannot be read, or differ in size."

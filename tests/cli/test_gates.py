@@ -56,7 +56,28 @@ def test_the_verdict_is_the_exit_code(here: Path, pretended: None, gates: Any, c
     assert json.loads(ended.stdout)["kind"] == "search"  # one object, the last stage's
 
 
+def test_a_gate_may_name_a_batch_size(here: Path, pretended: None) -> None:
+    ended = lissom(
+        "run", recipe({"latency@3": {"max_ratio": 1000}, "latency": {"max_ratio": 1000}}), "--out", "run", "--device", "cpu"
+    )
+    assert ended.exit_code == 0, ended.output
+    found = json.loads((here / "run" / "gates" / "report" / "report.json").read_text())
+    assert [row["metric"] for row in found["rows"][:2]] == ["latency@3", "latency"]
+    assert found["rows"][0]["candidate"]["conditions"]["batch"] == "3"
+
+
 def test_gates_are_checked_before_anything_runs(here: Path) -> None:
+    for gate in ("latency@x", "latency@1", "fid@8"):
+        assert "only latency and latency_p90 have a batch size" in refused("run", recipe({gate: {"max": 1}}), "--out", "run")
+    text = json.loads(recipe({"fidelity": {"max": 1}}).read_text())
+    text |= {"model": "./model", "evaluate": EVALUATE | {"features": {"fid": "zoo:judge", "accuracy": "zoo:judge"}}}
+    Path("own.yaml").write_text(json.dumps(text))
+    assert "fidelity, which a gate names, has none: add an entry for it, or a default" in refused(
+        "run", "own.yaml", "--out", "run"
+    )
+    text["evaluate"]["features"] |= {"fidelity": "zoo:judge"}
+    Path("own.yaml").write_text(json.dumps(text))
+    assert "./model: no such folder" in refused("run", "own.yaml", "--out", "run")
     said = refused("run", recipe({"fdi": {"max": 1}}), "--out", "run")
     assert "gates.fdi: no metric 'fdi'; there are" in said and not (here / "run").exists()
     dry = lissom("run", recipe({"macs": {"max_ratio": 1}}), "--dry-run", "--device", "cpu")

@@ -103,3 +103,15 @@ def test_counts_are_exact() -> None:
 def test_settings_out_of_range(metric: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="validation error"):
         metric.Config(**settings)
+
+
+def test_storages_count_what_holds_numbers_and_what_grows() -> None:
+    from lissom.evaluate._storages import Storages
+
+    with Storages([torch.empty(1000, device="meta"), torch.zeros(250)]) as storages:
+        grown = torch.empty(0).resize_(1_000_000)
+        view = grown[:10].view(2, 5)
+        del grown
+        assert storages.now == 1000 + 4_000_000  # the view holds it
+        del view
+    assert (storages.now, storages.peak) == (1000, 1000 + 4_000_000)

@@ -85,8 +85,23 @@ def test_pairs_have_the_largest_change_first(base: Path, candidate: Path, tmp_pa
     # an earlier comparison is written over, anything else is not
     work.write(compared(base, base), Source(str(base)), Source(str(base)), out)
     (out / "report.json").write_text("{}")
-    with pytest.raises(UserError, match="report: is not empty"):
+    with pytest.raises(
+        UserError, match="report: is not empty, and holds something else than a comparison. Choose another --out"
+    ):
         work.write(compared(base, base), Source(str(base)), Source(str(base)), out)
+
+
+def test_one_more_is_more_and_a_missing_picture_is_left_out(base: Path, candidate: Path, tmp_path: Path) -> None:
+    more = write(
+        tmp_path / "more.json", evaluation(measured("fid"), measured("clip_score"), counted("params", 101)), pictures=3
+    )
+    report = compared(base, more)
+    assert report.verdict == "REGRESSION" and work.headline(report).startswith(
+        "REGRESSION: params rose by 1, no rise is allowed"
+    )
+    (tmp_path / "more.images" / "000001.png").unlink()
+    written = work.write(report, Source(str(base)), Source(str(more)), tmp_path / "report")
+    assert sorted(pair.index for pair in written.pairs) == [0, 2]
 
 
 def test_why_there_are_no_pairs(base: Path, tmp_path: Path) -> None:
@@ -153,7 +168,7 @@ def test_a_metric_that_the_candidate_dropped_is_not_kept(base: Path, tmp_path: P
     assert [c.metric for c in report.checks if c.verdict == "INCOMPARABLE"] == ["clip_score", "params"]
     timed = evaluation(measured("latency", seeds=None, prompts=None))
     clocks = [write(tmp_path / f"{name}.json", timed) for name in ("one", "two")]
-    with pytest.raises(UserError, match="only times were measured, which vary: say with --gates FILE"):
+    with pytest.raises(UserError, match="only times and memory were measured, which vary: say with --gates FILE"):
         compared(*clocks)
     assert compared(*clocks, {"latency": Gate(max_ratio=1.5)}).verdict == "PASS"
 

@@ -292,6 +292,46 @@ def test_the_base_says_what_fidelity_is_comparable_with_and_touches_nothing_else
     assert "base (" in (both("psnr", one, two) or "") and both("psnr", one, one) is None
 
 
+def test_what_is_not_to_go_on_is_refused_before_a_reference_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "e.json"
+    measure(tmp_path, Asked("zoo:fashion", steps=1, out=out))
+    teacher: dict[str, Any] = {"reference": "teacher", "teacher_steps": 2}
+    monkeypatch.setattr("lissom.workflow._subject.Subject.views", lambda *_: pytest.fail("a reference was made"))
+    with pytest.raises(UserError, match="is there already"):
+        measure(tmp_path, Asked("zoo:fashion", steps=1, out=out), **teacher)
+    with pytest.raises(UserError, match="with another steps"):
+        measure(tmp_path, Asked("zoo:fashion", steps=2, out=out, resume=True), **teacher)
+    work = tmp_path / "w.images" / ".work"
+    work.mkdir(parents=True)
+    (work / "identity.json").write_text('{"steps": 7}')
+    for resume, said in ((False, "Add --resume to go on with it"), (True, "interrupted evaluation with another")):
+        with pytest.raises(UserError, match=said):
+            measure(tmp_path, Asked("zoo:fashion", steps=1, out=tmp_path / "w.json", resume=resume))
+
+
+def test_numbers_of_another_machine_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked("zoo:fashion", steps=1, out=tmp_path / "m.json", settings={"latency": {"repeats": 4}}, resume=True)
+    found = measure(tmp_path, asked, metrics=["latency"])
+    assert measure(tmp_path, asked, metrics=["latency"]) == found
+    monkeypatch.setattr("lissom.workflow._rig._processor", lambda: "another processor")
+    with pytest.raises(UserError, match="holds an evaluation with another machine"):
+        measure(tmp_path, asked, metrics=["latency"])
+
+
+def test_images_are_kept_once_each(tmp_path: Path) -> None:
+    """After a session whose batches were halved, and a damaged file that somebody removed."""
+    gallery = Gallery(tmp_path, {"a": 1}, resume=False)
+    for start, stop in ((0, 64), (64, 96), (96, 128)):
+        gallery.add(range(start, stop), {"x": torch.arange(start, stop)})
+    next(tmp_path.glob(".work/images-00000000-*")).unlink()
+    again = Gallery(tmp_path, {"a": 1}, resume=True)
+    assert again.done() == 0
+    for start in (0, 64):
+        again.add(range(start, start + 64), {"x": torch.arange(start, start + 64)})
+    assert torch.cat([seen["x"] for _, seen in again.read()]).tolist() == list(range(128))
+    assert again.slice(range(60, 70), "images")["x"].tolist() == list(range(60, 70))
+
+
 def test_damaged_work_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "d.json"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
