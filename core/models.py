@@ -333,6 +333,10 @@ def _place(pipe: Any, device: str, offload: str) -> None:
         pipe.to(device)
     elif offload == "model":
         pipe.enable_model_cpu_offload(device=device)
+    elif offload == "sequential" and device == "cpu":
+        raise UserError(
+            "--offload sequential: there is no accelerator here to keep weights off. Leave it out, or name a --device."
+        )
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
     else:

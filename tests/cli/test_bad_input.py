@@ -149,6 +149,11 @@ def test_a_plan_that_does_not_fit_is_refused_before_any_image(
     assert nothing_left(here, *(["p.json"] if content is not None else []))
 
 
+def test_sequential_offload_needs_an_accelerator(here: Path) -> None:
+    said = refused("evaluate", "zoo:fashion", "--steps", 1, "--device", "cpu", "--offload", "sequential", "-q")
+    assert "--offload sequential: there is no accelerator here" in said and nothing_left(here)
+
+
 def test_more_steps_than_the_scheduler_has(here: Path) -> None:
     for command in ("evaluate", "sample"):
         assert "--steps 1001: DDIMScheduler was trained with 1000" in refused(command, "zoo:fashion", "--steps", 1001)
