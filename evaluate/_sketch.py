@@ -28,9 +28,8 @@ class Sketch:
     two samples (Cohen and Kaplan, "Summarizing data using bottom-k sketches", PODC 2007). Of equal images one is kept.
 
     Features are rounded to float16, at once, so that a value does not depend on whether the file was read or just made.
-    That moves a number by at most 1 part in 2048 (numbers below 6e-5: by 3e-8), independently of all others, and halves the
-    file. It is enough: with 5,000 images of either half of Fashion-MNIST, KID moves by 1e-6, where other 5,000 images move it
-    by 1e-2, and the nearest neighbour of 9 images in 5,000 is another one.
+    That moves a number by at most 1 part in 2048 (numbers below 6e-5: by 3e-8), up or down independently of all others, far less
+    than which images were drawn moves it, and halves the file.
     """
 
     def __init__(self, limit: int, keys: Tensor | None = None, rows: Tensor | None = None) -> None:

@@ -23,7 +23,7 @@ from ._sample import Part, Sample, Score
 if TYPE_CHECKING:
     from ._frechet import Subsets
 
-# Subsets of a half-sample. More take longer and tell no more: the spread, measured on Gaussians, was the same from 3 to 15.
+# Subsets of a half-sample: only the spread is wanted, which hardly depends on how many points a line goes through.
 POINTS_OF_HALF = 5
 parts = {"fid_infinity": Part("lower")}  # squared units of the features
 needs = frozenset({"features", "reference"})
@@ -36,7 +36,7 @@ class Config(BaseModel):
     # Subsets that the line goes through, evenly spaced in their number of images. The paper's 15.
     points: int = Field(15, ge=2)
     # Share of the images in the smallest subset. The paper's is 0.1, of 50,000 images: 2.4 for each feature of Inception. With
-    # fewer the line bends, and small subsets pull it down: at 5 to 15 images a feature 0.2 left 2 to 4 times less error.
+    # fewer the line bends, and small subsets pull it down (docs/results.md has both).
     smallest: float = Field(0.2, gt=0, lt=1)
 
 

@@ -3,7 +3,7 @@
 The squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 (Sec. 4), by its unbiased estimator over all pairs of
 images. clean-fid and others print the average over random subsets of 1,000 images: that has the same expectation and more
 variance. Unbiased means that it compares across numbers of images, unlike a Frechet distance, and that models as good as the
-reference score about 0, below as often as above: then the interval is up to 1.7 times too wide, never too narrow. KID is its
+reference score about 0, below as often as above: then the interval is too wide, by the root of 3 at most. KID is its
 name with Inception features; with others it is KD[features].
 """
 
@@ -26,7 +26,7 @@ class Config(BaseModel):
     paper: ClassVar[str] = "https://arxiv.org/abs/1801.01401"
 
     # Whether images of conditions in turn are taken as such. False takes them for independent, as clean-fid does: about
-    # (kernel within a condition - kernel over all) / N too low, which at 1,000 images can be more than the value.
+    # (kernel within a condition - kernel over all) / N too low, which for a good model can be all of the value.
     balanced: bool = Field(True)
 
 

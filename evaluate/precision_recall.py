@@ -95,8 +95,8 @@ def evaluate(sample: Sample, config: Config) -> dict[str, Score]:
 def _k_half(k: int, n: int, half: int, reference: int) -> int:
     """Which neighbour is on the rim of the balls that coverage is taken over in half-samples: about 1.3 k to 2 k.
 
-    Half the images reach fewer balls of the same size, and the spread of that share is not the value's: up to 3 times too
-    wide near 1 and half as wide as it should be near 0. A ball of k of K reference images has none of n images of the same
+    Half the images reach fewer balls of the same size, and the spread of that share is not the value's: too wide near 1 and
+    too narrow near 0. A ball of k of K reference images has none of n images of the same
     distribution in it with probability (1 + n / K)^-k; here the half's is as large as that of the whole.
     """
     return min(reference - 1, int(k * math.log1p(n / reference) / math.log1p(half / reference)))

@@ -47,9 +47,6 @@ class Who:
             {name: version(name) for name in ("torch", "diffusers", "transformers")} | {"lissom": __version__},
         )
 
-    def plain(self) -> dict[str, Any]:
-        return dict(vars(self))
-
 
 @dataclass(frozen=True)
 class Base:
