@@ -21,7 +21,7 @@ from .candidate import SamplingPlan, Scheduler, Step
 from .driving.drive import drive
 from .driving.refusals import check_pipeline
 from .driving.run import Run
-from .driving.schedulers import kind_of
+from .driving.schedulers import evaluations, kind_of
 from .driving.steering import Call, Next, denoisers
 
 
@@ -29,8 +29,8 @@ from .driving.steering import Call, Next, denoisers
 class Costs:
     """The arithmetic of one image, or of the batch that `count` was given."""
 
-    total: int  # MACs per image and solver step, guidance's second half of the batch included
-    layers: dict[str, int]  # address -> MACs per image and step that skipping the layer saves
+    total: int  # MACs per image and evaluation of the denoiser, guidance's second half of the batch included
+    layers: dict[str, int]  # address -> MACs per image and evaluation that skipping the layer saves
     params: int  # numbers in the parameters of the denoiser(s)
 
 
@@ -38,7 +38,8 @@ def measure(pipe: Any, arguments: dict[str, Any]) -> Costs:
     """Run one real step of the pipeline with a batch of one, and count.
 
     arguments: of `pipe.__call__` for one image (a prompt or class label, guidance_scale, height, ...): costs depend on them.
-    A step is one evaluation of the solver. Raises CannotFollow for a pipeline that cannot be driven.
+    That is one evaluation of the denoiser, whatever the solver: a plan of a single step has no more.
+    Raises CannotFollow for a pipeline that cannot be driven.
     """
     check_pipeline(pipe)
     counter = _Counter()
@@ -67,7 +68,9 @@ def count(denoiser: nn.Module, *args: Any, **kwargs: Any) -> Costs:
 
 
 def plan_macs(costs: Costs, plan: SamplingPlan) -> int:
-    """MACs per image of a whole plan. A skipped layer inside a skipped layer counts once.
+    """MACs per image of a whole plan, all evaluations of each step counted (`evaluations`).
+
+    A skipped layer inside a skipped layer counts once.
 
     >>> costs = Costs(total=100, layers={"a": 30, "a.b": 10, "c": 5}, params=0)
     >>> plan = SamplingPlan(scheduler=Scheduler(name="DDIMScheduler"),
@@ -75,7 +78,10 @@ def plan_macs(costs: Costs, plan: SamplingPlan) -> int:
     >>> plan_macs(costs, plan)
     165
     """
-    return sum(costs.total - sum(costs.layers[a] for a in outermost(step.skip)) for step in plan.steps)
+    return sum(
+        count * (costs.total - sum(costs.layers[a] for a in outermost(step.skip)))
+        for count, step in zip(evaluations(plan), plan.steps, strict=True)
+    )
 
 
 def outermost(addresses: tuple[str, ...]) -> list[str]:

@@ -38,7 +38,9 @@ def fixed(scheduler: Any, steps: int) -> dict[str, SamplingPlan]:
 
     Variance-preserving: leading, trailing and linspace by the scheduler's own formula, `steps_offset` included
     (Lin et al., 2305.08891, Table 2), and quadratic, (linspace(0, sqrt(0.8 N), K))^2 (Song et al., 2010.02502, App. D.2);
-    stock too where the scheduler is set to noise levels of its own (Karras et al., 2206.00364, and the like).
+    stock too where the scheduler is set to noise levels of its own (Karras et al., 2206.00364, and the like), and for LCM, up to
+    the number of steps it was distilled with: its skipping schedule (Luo et al., 2310.04378, Sec. 4.3). It knows no other
+    spacing, so that the other schedules are DDIM's there.
     Flow matching, t = N sigma: stock (what the scheduler itself would do, with its shift), linear (sigma from 1 to 1/K)
     and quadratic (the square of linear).
     Where a formula repeats a timestep or leaves the range, the timesteps are moved to the nearest free ones.
@@ -51,27 +53,55 @@ def fixed(scheduler: Any, steps: int) -> dict[str, SamplingPlan]:
         plans = {name: _plan(described, limits, t) for name, t in _flow_shapes(limits.n, steps).items()}
         return {"stock": _stock_flow(scheduler, described, limits, steps)} | plans
     plans = {name: _plan(described, limits, t) for name, t in _preserving_shapes(scheduler, limits.n, steps).items()}
-    if any(scheduler.config.get(key) for key in OWN_LEVELS):
+    if described.name == "LCMScheduler":
+        if steps > scheduler.config.original_inference_steps:
+            return plans
+        return {"stock": _plan(described, limits, _shown(described, steps))} | plans
+    if _kind(scheduler) == "sigma" and any(scheduler.config.get(key) for key in OWN_LEVELS):
         return {"stock": _stock_levels(described, limits, steps)} | plans
     return plans
 
 
 def _is_flow(scheduler: Any) -> bool:
+    return _kind(scheduler) == "flow"
+
+
+def _kind(scheduler: Any) -> str | None:
     from .driving.schedulers import kind_of
 
-    return kind_of(type(scheduler).__name__, dict(scheduler.config)) == "flow"
+    return kind_of(type(scheduler).__name__, dict(scheduler.config))
 
 
 def _preserving_shapes(scheduler: Any, n: int, steps: int) -> dict[str, np.ndarray]:
-    from .driving.schedulers import NEUTRAL, build
+    from .driving.schedulers import NEUTRAL
 
-    shapes = {}
-    for name in ("leading", "trailing", "linspace"):
-        stock = build(Scheduler.of(scheduler), **(NEUTRAL | {"timestep_spacing": name}))
-        stock.set_timesteps(steps)
-        shapes[name] = stock.timesteps.numpy()[:steps]  # "trailing" rounds to one too many for some numbers of steps
+    own = Scheduler.of(scheduler)
+    described = own.model_copy(update={"name": "DDIMScheduler"}) if own.name == "LCMScheduler" else own
+    shapes = {
+        name: _shown(described, steps, **(NEUTRAL | {"timestep_spacing": name})) for name in ("leading", "trailing", "linspace")
+    }
     roots = np.linspace(np.sqrt(0.8 * n), 0, steps)  # from the top, so that a single step starts at noise
     return shapes | {"quadratic": roots**2}
+
+
+def _shown(described: Scheduler, steps: int, **changes: Any) -> np.ndarray:
+    """The timesteps that a scheduler sets for `steps` steps, each once, (steps,)."""
+    from .driving.schedulers import build
+
+    stock = build(described, **changes)
+    stock.set_timesteps(steps)
+    return stock.timesteps.double().numpy()[_once(described, steps)]
+
+
+def _once(described: Scheduler, steps: int) -> list[int]:
+    """Where in its list a scheduler first shows each of `steps` timesteps: Heun and PLMS show some of them twice.
+
+    What follows is left out: "trailing" rounds to one timestep too many for some numbers of steps.
+    """
+    from .driving.schedulers import entries
+
+    order = entries(described.name, steps)
+    return [order.index(i) for i in range(steps)]
 
 
 def _flow_shapes(n: int, steps: int) -> dict[str, np.ndarray]:
@@ -85,8 +115,9 @@ def _stock_levels(described: Scheduler, limits: Times, steps: int) -> SamplingPl
 
     stock = build(described)
     stock.set_timesteps(steps)
-    levels = stock.sigmas.double().tolist()[:steps]
-    placed = _placed(stock.timesteps.double().numpy(), replace(limits, integer=described.name in WHOLE))
+    once = _once(described, steps)
+    levels = stock.sigmas.double().numpy()[once].tolist()
+    placed = _placed(stock.timesteps.double().numpy()[once], replace(limits, integer=described.name in WHOLE))
     return SamplingPlan(
         scheduler=described, steps=tuple(Step(timestep=t, sigma=level) for t, level in zip(placed, levels, strict=True))
     )
@@ -109,7 +140,8 @@ def _stock_flow(scheduler: Any, described: Scheduler, limits: Times, steps: int)
         stock.set_timesteps(steps)
     else:
         stock.set_timesteps(steps)
-    shown, levels = stock.timesteps.double().numpy(), stock.sigmas.double().numpy()[:steps]
+    once = _once(described, steps)
+    shown, levels = stock.timesteps.double().numpy()[once], stock.sigmas.double().numpy()[once]
     if config.get("invert_sigmas"):
         shown, levels = limits.n - shown, 1 - levels
     placed = _placed(shown, limits)

@@ -48,7 +48,7 @@ class Rig:
     """The pipeline, ready to run as the images were made."""
 
     plan: SamplingPlan | None
-    steps: int  # solver steps
+    evaluations: int  # of the denoiser in a run: solver steps, more where the solver evaluates twice in a step
     params: int  # numbers in the parameters of all denoisers
     device: str
     costs: Callable[[], Costs]  # of one step of one image

@@ -22,5 +22,5 @@ def evaluate(sample: Sample, config: Config) -> Score:
     rig = sample.rig
     assert rig is not None  # in `needs`
     costs = rig.costs()
-    macs = plan_macs(costs, rig.plan) if rig.plan is not None else costs.total * rig.steps
+    macs = plan_macs(costs, rig.plan) if rig.plan is not None else costs.total * rig.evaluations
     return Score(macs, exact=True, n=0)

@@ -17,8 +17,17 @@ KINDS = {
     "DDIMScheduler": "ddim",  # cannot follow a list by itself: its step is written out
     "EulerDiscreteScheduler": "stock",
     "DPMSolverMultistepScheduler": "stock",
+    "HeunDiscreteScheduler": "stock",
+    "LCMScheduler": "stock",
     "FlowMatchEulerDiscreteScheduler": "flow",  # stock would shift the planned noise levels again
+    "FlowMatchHeunDiscreteScheduler": "flow",
+    "DEISMultistepScheduler": "levels",  # takes no list: its noise levels are set
+    "EulerAncestralDiscreteScheduler": "levels",
+    "LMSDiscreteScheduler": "levels",
+    "UniPCMultistepScheduler": "levels",
+    "PNDMScheduler": "plms",  # steps by a fixed stride: through the table of the planned alphas alone
 }
+NOISY = ("EulerAncestralDiscreteScheduler", "LCMScheduler")  # draw at every step, and for each image from its own generator
 LINES, WIDTH = 99, 120  # of the script: lines, and characters in one
 FLAGS = (
     "use_karras_sigmas",
@@ -60,7 +69,7 @@ def emit(plan: SamplingPlan, model: ModelCall, images: int = 16) -> str:
 
     It draws the first `images` seeds, or as many of them as keep it under 100 lines.
     Raises UserError, saying what stands in the way, where a short script cannot give the same images: other schedulers,
-    noise drawn at every step, call arguments that are not plain values.
+    noise that the pipeline does not draw from each image's generator, call arguments that are not plain values.
     """
     if reason := _obstacle(plan, model):
         raise UserError(f"no reproduce.py for this plan: {reason}. `lissom sample --plan plan.json` makes its images.")
@@ -74,14 +83,15 @@ def stock_call(plan: SamplingPlan, pipeline_class: str, arguments: Mapping[str, 
     """Python that makes the plan's images with a stock scheduler of diffusers, `pipe` and `prompt` given. None if there is none.
 
     A call exists for pipelines with an argument `timesteps` (flow matching: `sigmas`), for plans without skips and without
-    noise levels of their own. DDIM takes no list; DPM-Solver++ of order 1 is the same update (Lu et al. 2022, sec. 4.1) and does.
+    noise levels of their own, with solvers that take a list and draw no noise. DDIM takes none; DPM-Solver++ of order 1 is the same update (Lu et al. 2022, sec. 4.1) and does.
     """
     config, name = plan.scheduler.config, plan.scheduler.name
     accepted = inspect.signature(_pipeline(pipeline_class).__call__).parameters if _pipeline(pipeline_class) else {}
     flow = KINDS.get(name) == "flow"
     if any(step.skip or step.sigma is not None for step in plan.steps) or ("sigmas" if flow else "timesteps") not in accepted:
         return None
-    if name not in KINDS or _scheduler_obstacle(plan):
+    takes = KINDS.get(name) in ("ddim", "stock") or name == "FlowMatchEulerDiscreteScheduler"
+    if not takes or name in NOISY or _scheduler_obstacle(plan):
         return None
     changes: dict[str, Any]
     if name == "DDIMScheduler":
@@ -111,13 +121,19 @@ def stock_call(plan: SamplingPlan, pipeline_class: str, arguments: Mapping[str, 
 def _render(plan: SamplingPlan, model: ModelCall, count: int) -> str:
     from jinja2 import Environment, StrictUndefined
 
+    from ..core.driving.run import intervals
+    from ..core.driving.schedulers import TWICE, entries
+
     config, name = plan.scheduler.config, plan.scheduler.name
     kind = KINDS[name]
     # Pipelines want one text per image in every text argument once `prompt` is a list.
     texts = {key: value for key, value in model.arguments.items() if "prompt" in key and isinstance(value, str)}
     shared = {key: value for key, value in model.arguments.items() if key not in texts}
     drawn = [(seed, texts | _row(model.rows[i % len(model.rows)])) for i, seed in enumerate(model.seeds[:count])]
-    skips = {a: [i for i, step in enumerate(plan.steps) if a in step.skip] for a in _skipped(plan)}
+    # Which planned timestep each call is made at, and which step it belongs to: Heun and PLMS call twice in some.
+    order = entries(name, len(plan.steps))
+    steps = [plan.steps[i] for i in intervals(order)]
+    skips = {a: [i for i, step in enumerate(steps) if a in step.skip] for a in _skipped(plan)}
     used = {model.layers[a] for a in skips}
     columns = next(c for c in range(min(8, count), 0, -1) if count % c == 0)  # make_image_grid wants full rows
     has_class = _pipeline(model.pipeline) is not None
@@ -137,8 +153,10 @@ def _render(plan: SamplingPlan, model: ModelCall, count: int) -> str:
         thresholding=config.get("thresholding", False),
         clip=config.get("clip_sample", True),
         times=[_number(t) for t in plan.timesteps],
-        sigmas=[repr(step.sigma) for step in plan.steps] if plan.steps[0].sigma is not None else [],
-        skips=[f"{_literal(address)}: {steps}" for address, steps in skips.items()],
+        sigmas=[repr(plan.steps[i].sigma) for i in order] if plan.steps[0].sigma is not None else [],
+        twice=name in TWICE,
+        counted="steps" if len(order) == len(plan.steps) else "calls of `step`",
+        skips=[f"{_literal(address)}: {calls}" for address, calls in skips.items()],
         used=used,
         pairs=_literal(tuple(cls for cls in PAIRS if cls in used)) if used.intersection(PAIRS) else "",
         branches=_literal(tuple(cls for cls in BRANCHES if cls in used)) if used.intersection(BRANCHES) else "",
@@ -162,6 +180,8 @@ def _obstacle(plan: SamplingPlan, model: ModelCall) -> str | None:
         return reason
     if model.arguments.get("eta"):
         return f"eta = {model.arguments['eta']} draws noise at every step"
+    if plan.scheduler.name in NOISY and not hasattr(_pipeline(model.pipeline), "prepare_extra_step_kwargs"):
+        return f"{plan.scheduler.name} draws noise at every step, for which {model.pipeline} hands on no generators"
     if any(key in row for row in model.rows for key in IMAGES) or hasattr(_pipeline(model.pipeline), "get_timesteps"):
         return "it starts from input images"
     for key, value in (*model.arguments.items(), *(item for row in model.rows for item in row.items())):
@@ -174,9 +194,13 @@ def _obstacle(plan: SamplingPlan, model: ModelCall) -> str | None:
 
 
 def _scheduler_obstacle(plan: SamplingPlan) -> str | None:
+    from ..core.driving.schedulers import misfit
+
     config, name = plan.scheduler.config, plan.scheduler.name
     if name not in KINDS:
         return f"it is written for {', '.join(KINDS)}, not for {name}"
+    if reason := misfit(name, dict(config)):
+        return f"{name} cannot follow it ({reason})"
     if str(config.get("algorithm_type", "")).startswith("sde") or config.get("stochastic_sampling"):
         return f"{name} draws noise at every step"
     if len({step.sigma is None for step in plan.steps}) > 1:

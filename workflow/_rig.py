@@ -20,16 +20,18 @@ if TYPE_CHECKING:
 
 def rig_of(subject: Subject, plan: SamplingPlan | None, steps: int | None) -> "Rig":
     """The pipeline along this plan, or its stock schedule."""
+    from ..core.driving.schedulers import entries
     from ..evaluate._sample import Rig
 
-    model = subject.model
+    model, count = subject.model, len(plan.steps) if plan else steps or subject.default_steps
+    name = plan.scheduler.name if plan else type(model.pipe.scheduler).__name__
     return Rig(
         plan=plan,
-        steps=len(plan.steps) if plan else steps or subject.default_steps,
+        evaluations=len(entries(name, count)),
         params=model.parameters,
         device=model.device,
         costs=functools.cache(lambda: _costs(subject)),
-        call=lambda batch: _call(subject, plan, steps, batch),
+        call=lambda batch: call_of(subject, plan, steps, batch),
         weights=lambda: _weights(model.pipe),
         compiled=lambda: _compiled(subject),
         conditions=machine(model.device, model.dtype),
@@ -51,7 +53,7 @@ def _costs(subject: Subject) -> "Costs":
         return cost.measure(subject.model.pipe, {**subject.conditions.arguments(range(1)), **subject.call})
 
 
-def _call(subject: Subject, plan: SamplingPlan | None, steps: int | None, batch: int) -> Callable[[], None]:
+def call_of(subject: Subject, plan: SamplingPlan | None, steps: int | None, batch: int) -> Callable[[], None]:
     """One run of the pipeline, over when the device has finished. Without a memo: everything is computed every time."""
     from ..core.sampling import Sampler
 

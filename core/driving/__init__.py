@@ -4,5 +4,6 @@ from .drive import follow, watch
 from .memo import Memo
 from .refusals import check
 from .run import CannotFollow, Run
+from .schedulers import evaluations
 
-__all__ = ["CannotFollow", "Memo", "Run", "check", "follow", "watch"]
+__all__ = ["CannotFollow", "Memo", "Run", "check", "evaluations", "follow", "watch"]

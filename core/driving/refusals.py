@@ -11,7 +11,7 @@ from ..anatomy import layers
 from ..candidate import SamplingPlan
 from ..methods import suggest
 from .run import CannotFollow
-from .schedulers import KINDS, WHOLE, build, kind_of, noise_levels
+from .schedulers import KINDS, WHOLE, build, kind_of, misfit, noise_levels
 from .skip import find
 from .steering import DENOISERS, denoisers
 
@@ -22,16 +22,44 @@ REASONS = {
     "DDPMWuerstchenScheduler": "its times are ratios, not timesteps",
     "EDMDPMSolverMultistepScheduler": "its times are log-sigmas, not timesteps",
     "EDMEulerScheduler": "its times are log-sigmas, not timesteps",
-    "EulerDiscreteScheduler": "with timestep_type='continuous' its times are log-sigmas, not timesteps",
     "KDPM2AncestralDiscreteScheduler": "it inserts mid-points between the planned timesteps",
     "KDPM2DiscreteScheduler": "it inserts mid-points between the planned timesteps",
     "RePaintScheduler": "its times are not descending",
     "SCMScheduler": "its times are angles, not timesteps",
     "UnCLIPScheduler": "the pipeline computes the previous timestep itself",
 }
+TOKENS = "its steps fill in tokens, there are no noise levels"
+EDM = "its noise levels run to 80, where those of a plan end at 1"
+# By pipeline: what a model was trained with does not change with the scheduler that it is given.
 UNDRIVABLE = {
+    "AmusedImg2ImgPipeline": TOKENS,
+    "AmusedInpaintPipeline": TOKENS,
+    "AmusedPipeline": TOKENS,
+    "BriaPipeline": "it compares the exact class of its scheduler, and that of a plan is a subclass",
+    "ConsistencyModelPipeline": REASONS["CMStochasticIterativeScheduler"],
+    "Cosmos2TextToImagePipeline": EDM,
+    "Cosmos2VideoToWorldPipeline": EDM,
+    "CosmosTextToWorldPipeline": REASONS["EDMEulerScheduler"],
+    "CosmosVideoToWorldPipeline": REASONS["EDMEulerScheduler"],
+    "CycleDiffusionPipeline": "it computes its own stride beside the scheduler",
+    "KandinskyPriorPipeline": REASONS["UnCLIPScheduler"],
+    "KandinskyV22PriorEmb2EmbPipeline": REASONS["UnCLIPScheduler"],
+    "KandinskyV22PriorPipeline": REASONS["UnCLIPScheduler"],
+    "KarrasVePipeline": "its loop takes noise levels from its scheduler's own schedule, beside the timesteps",
     "LEditsPPPipelineStableDiffusion": "it computes its own stride beside the scheduler",
     "LEditsPPPipelineStableDiffusionXL": "it computes its own stride beside the scheduler",
+    "RePaintPipeline": REASONS["RePaintScheduler"],
+    "SanaSprintImg2ImgPipeline": REASONS["SCMScheduler"],
+    "SanaSprintPipeline": REASONS["SCMScheduler"],
+    "ScoreSdeVePipeline": "it corrects every step at noise levels of its own",
+    "StableCascadeDecoderPipeline": REASONS["DDPMWuerstchenScheduler"],
+    "StableCascadePriorPipeline": REASONS["DDPMWuerstchenScheduler"],
+    "StableDiffusionPanoramaPipeline": "it steps every part of the picture with a copy of the scheduler's state",
+    "StableDiffusionParadigmsPipeline": "it steps many timesteps at once, with a scheduler made for that",
+    "StableVideoDiffusionPipeline": "its model is told log-sigmas, not timesteps",
+    "VQDiffusionPipeline": TOKENS,
+    "WuerstchenDecoderPipeline": REASONS["DDPMWuerstchenScheduler"],
+    "WuerstchenPriorPipeline": REASONS["DDPMWuerstchenScheduler"],
 }
 
 
@@ -66,7 +94,8 @@ def check_scheduler(pipe: Any, plan: SamplingPlan) -> None:
     kind = kind_of(name, plan.scheduler.config)
     if kind is None:
         known = hasattr(diffusers, name)
-        reason = REASONS.get(name, "it is not among the tested ones" if known else "diffusers has no such class")
+        unknown = "it is not among the tested ones" if known else "diffusers has no such class"
+        reason = (name in KINDS and misfit(name, plan.scheduler.config)) or REASONS.get(name, unknown)
         flow = type(pipe.scheduler).__name__.startswith("FlowMatch")
         instead = "FlowMatchEulerDiscreteScheduler" if flow else "DPMSolverMultistepScheduler"
         others = "" if flow else " (or DDIMScheduler, EulerDiscreteScheduler)"

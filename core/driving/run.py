@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -37,14 +39,11 @@ class Run:
     _prefixes: list[str] = field(default_factory=list)
 
     def begin(self, times: list[float]) -> None:
-        """The timesteps are set (again): `times` holds one entry per eval; equal neighbours belong to one planned step."""
+        """The timesteps are set (again): `times` holds one entry per eval, equal neighbours where one timestep is shown twice."""
         if 0 < self.evals < len(self.times):
             self.short = self.steps
-        rank, where = -1, []
-        for i, t in enumerate(times):
-            rank += i == 0 or t != times[i - 1]
-            where.append(rank)
-        self.times, self.where = times, where
+        shown = [i for i, (_, same) in enumerate(itertools.groupby(times)) for _ in same]
+        self.times, self.where = times, intervals(shown)
         self.evals = self.ordinal = 0
         self.last = None
         self.started += 1
@@ -95,3 +94,15 @@ class Run:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return copy.copy(self)  # own counters; the plan, the last sample and the generators are shared
+
+
+def intervals(shown: Sequence[int]) -> list[int]:
+    """Index of the planned step that each eval belongs to, from the index of the planned timestep it is made at.
+
+    A step leads from one planned timestep to the next. The first of two evals at one timestep ends the step before: it is the
+    corrector of Heun's method, or PLMS taking its first step again with the slope at its end.
+
+    >>> intervals([0, 1, 1, 2, 2]), intervals([0, 1, 1, 2, 3])
+    ([0, 0, 1, 1, 2], [0, 0, 1, 2, 3])
+    """
+    return [now - (now == after) for now, after in itertools.zip_longest(shown, shown[1:])]

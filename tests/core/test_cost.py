@@ -70,6 +70,18 @@ def test_plan_counts_nested_skips_once() -> None:
     assert plan_macs(costs, SamplingPlan(scheduler=Scheduler(name="DDIMScheduler"), steps=steps)) == 100 + 85 + 65
 
 
+def test_plan_counts_every_evaluation_of_a_step() -> None:
+    costs = Costs(total=100, layers={"a": 30}, params=0)
+    steps = (Step(timestep=9, skip=("a",)), Step(timestep=5), Step(timestep=2, skip=("a",)))
+
+    def macs(name: str) -> int:
+        return plan_macs(costs, SamplingPlan(scheduler=Scheduler(name=name), steps=steps))
+
+    assert macs("HeunDiscreteScheduler") == macs("FlowMatchHeunDiscreteScheduler") == 2 * 70 + 2 * 100 + 70
+    assert macs("PNDMScheduler") == 2 * 70 + 100 + 70
+    assert macs("UniPCMultistepScheduler") == macs("LCMScheduler") == 70 + 100 + 70
+
+
 def test_any_scheduler_can_be_measured() -> None:
     pipe = tiny.sd(scheduler=PNDMScheduler(**tiny.SD_BETAS, skip_prk_steps=True))
     assert measure(pipe, arguments("sd")).total == measure(tiny.shared("sd"), arguments("sd")).total

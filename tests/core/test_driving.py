@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     FluxImg2ImgPipeline,
     StableDiffusion3Img2ImgPipeline,
@@ -24,20 +25,31 @@ from lissom.tests.core import tiny
 TIMES = (901.0, 640.0, 333.0, 120.0, 17.0)
 X0 = 0.3
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-CLASS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpm": "DPMSolverMultistepScheduler"}
+CLASS = {
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+    "dpm flow": "DPMSolverMultistepScheduler",
+    "plms": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "unipc flow": "UniPCMultistepScheduler",
+    "deis": "DEISMultistepScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "heun flow": "FlowMatchHeunDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+}
 
 SOLVERS = [
-    *(("sd", solver) for solver in ("ddim", "euler", "dpm")),
-    *(("sdxl", solver) for solver in ("ddim", "euler", "dpm")),
-    *((family, solver) for family in ("dit", "ddim", "ddpm") for solver in ("ddim", "dpm")),
-    *((family, solver) for family in ("sd3", "flux") for solver in ("own", "dpm flow")),
+    *((family, solver) for family in ("sd", "sdxl") for solver in CLASS if "flow" not in solver),
+    *((family, solver) for family in ("dit", "ddim", "ddpm") for solver in ("ddim", "dpm", "plms", "unipc", "deis")),
+    *((family, solver) for family in ("sd3", "flux") for solver in ("own", "dpm flow", "unipc flow", "heun flow")),
 ]
 
 
 def plan_for(pipe: Any, solver: str = "own", times: tuple[float, ...] = TIMES) -> SamplingPlan:
     own = Scheduler.of(pipe.scheduler)
-    if solver == "dpm flow":
-        own = Scheduler(name="DPMSolverMultistepScheduler", config=FLOW)
+    if solver in ("dpm flow", "unipc flow", "heun flow"):
+        own = Scheduler(name=CLASS[solver], config=FLOW)
     elif solver != "own":
         config = own.config if solver == "ddim" and own.name == "DDIMScheduler" else _betas(own)
         own = Scheduler(name=CLASS[solver], config=config)
@@ -46,7 +58,7 @@ def plan_for(pipe: Any, solver: str = "own", times: tuple[float, ...] = TIMES) -
 
 def _betas(own: Scheduler) -> dict[str, Any]:
     keys = ("beta_schedule", "beta_start", "beta_end")
-    return {k: own.config[k] for k in keys} | {"clip_sample": False}
+    return {k: own.config[k] for k in keys} | {"clip_sample": False, "skip_prk_steps": True, "set_alpha_to_one": True}
 
 
 def run(pipe: Any, plan: SamplingPlan, family: str, n: int = 2, **changes: Any) -> torch.Tensor:
@@ -67,7 +79,7 @@ class Oracle:
     def __call__(self, call: Call, following: Next) -> Any:
         out = following(call)
         shown = next(x for x in (*call.args, *call.kwargs.values()) if isinstance(x, torch.Tensor))
-        t = call.run.step.timestep
+        t = call.run.times[call.run.evals]  # of a second call in a step, the timestep at which it ends
         assert call.run.plan is not None
         flow = call.run.plan.scheduler.config.get("use_flow_sigmas") or call.run.plan.scheduler.name.startswith("Flow")
         alpha, sigma = (1 - t / 1000, t / 1000) if flow else _vp(call, t)
@@ -90,13 +102,17 @@ def _vp(call: Call, t: float) -> tuple[float, float]:
 def test_oracle(family: str, solver: str) -> None:
     """If and only if times, input scaling, guidance and prediction type all agree, eps is constant and the end is x0."""
     pipe, oracle = tiny.shared(family), Oracle()
-    state = Run(plan_for(pipe, solver))
+    plan = plan_for(pipe, solver)
+    state = Run(plan)
     with drive(pipe, state, [oracle]):
         pipe(**tiny.FAMILIES[family][1](2), generator=tiny.generators(2))
     state.verify()
-    assert oracle.drift < 3e-5
-    assert state.last is not None and (state.last - X0).abs().max() < 5e-5
-    assert oracle.noise is not None and 0.8 < oracle.noise.std() < 1.2  # the noise came in at the scale of the plan
+    assert oracle.drift < 1e-4
+    assert oracle.noise is not None and state.last is not None
+    abar = DEISMultistepScheduler.from_config(plan.scheduler.config).alphas_cumprod[0] if solver == "deis" else 1.0
+    left = (1 - abar) ** 0.5 * oracle.noise[: len(state.last)]  # DEIS ends at the lowest level that the model was trained with
+    assert (state.last - abar**0.5 * X0 - left).abs().max() < 1e-4
+    assert 0.8 < oracle.noise.std() < 1.2  # the noise came in at the scale of the plan
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

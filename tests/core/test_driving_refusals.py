@@ -13,6 +13,10 @@ DDIM = Scheduler(name="DDIMScheduler")
 DPM = Scheduler(name="DPMSolverMultistepScheduler")
 FLOW = Scheduler(name="FlowMatchEulerDiscreteScheduler")
 EULER = Scheduler(name="EulerDiscreteScheduler")
+PLMS = Scheduler(name="PNDMScheduler", config={"skip_prk_steps": True})
+FLOW_HEUN = Scheduler(name="FlowMatchHeunDiscreteScheduler")
+FLOW_UNIPC = Scheduler(name="UniPCMultistepScheduler", config={"use_flow_sigmas": True, "prediction_type": "flow_prediction"})
+WHOLE = (PLMS, *(Scheduler(name=name) for name in ("UniPCMultistepScheduler", "DEISMultistepScheduler", "LCMScheduler")))
 
 
 def plan(scheduler: Scheduler, *steps: Any) -> SamplingPlan:
@@ -22,14 +26,32 @@ def plan(scheduler: Scheduler, *steps: Any) -> SamplingPlan:
 
 REFUSED = [
     ("sd", plan(Scheduler(name="KDPM2DiscreteScheduler"), 5), r"KDPM2DiscreteScheduler: it inserts mid-points.*from_config"),
-    ("sd", plan(Scheduler(name="HeunDiscreteScheduler"), 5), "HeunDiscreteScheduler: it is not among the tested ones"),
+    ("sd", plan(Scheduler(name="DPMSolverSinglestepScheduler"), 5), "SinglestepScheduler: it is not among the tested ones"),
+    ("sd", plan(Scheduler(name="PNDMScheduler"), 5), "skip_prk_steps=False it begins with Runge-Kutta.*; True can be followed"),
+    ("sd", plan(Scheduler(name="UniPCMultistepScheduler", config={"solver_p": "x"}), 5), "leaves its steps to another"),
+    (
+        "sd",
+        plan(Scheduler(name="UniPCMultistepScheduler", config={"solver_type": "bh1"}), 5),
+        "add final_sigmas_type='sigma_min'",
+    ),
+    ("sd3", plan(Scheduler(name="DEISMultistepScheduler", config={"use_flow_sigmas": True}), 5), "leaves the noise in"),
     ("sd", plan(Scheduler(name="DDIMSheduler"), 5), "has no such class.*Did you mean 'DDIMScheduler'"),
     ("sd", plan(Scheduler(name="DPMSolverMultistepInverseScheduler"), 5), "not among the tested ones"),
-    ("sd3", plan(Scheduler(name="FlowMatchHeunDiscreteScheduler"), 5), r"FlowMatchEulerDiscreteScheduler\.from_config"),
+    ("sd3", plan(Scheduler(name="FlowMatchLCMScheduler"), 5), r"FlowMatchEulerDiscreteScheduler\.from_config"),
     ("sd", plan(Scheduler(name="EulerDiscreteScheduler", config={"timestep_type": "continuous"}), 5), "log-sigmas"),
     ("sd", plan(FLOW, 5), "does not fit the pipeline"),
     ("flux", plan(DDIM, 5), "does not fit the pipeline.*flow matching"),
     ("dit", plan(EULER, 5), "does not scale noise and input as EulerDiscreteScheduler needs"),
+    ("dit", plan(Scheduler(name="EulerAncestralDiscreteScheduler"), 5), "does not scale noise and input"),
+    ("dit", plan(Scheduler(name="HeunDiscreteScheduler"), 5), "does not scale noise and input"),
+    ("dit", plan(Scheduler(name="LMSDiscreteScheduler"), 5), "does not scale noise and input"),
+    ("sd3", plan(Scheduler(name="LCMScheduler"), 5), "does not fit the pipeline"),
+    ("sd", plan(FLOW_HEUN, 5), "does not fit the pipeline"),
+    *(("sd", plan(whole, 10, 5.5), "takes whole timesteps, got 5.5") for whole in WHOLE),
+    ("sd", plan(PLMS, Step(timestep=10, sigma=2.0)), "has no noise levels of its own"),
+    ("sd", plan(Scheduler(name="LCMScheduler"), Step(timestep=10, sigma=2.0)), "has no noise levels of its own"),
+    ("sd3", plan(FLOW_UNIPC, Step(timestep=1000), Step(timestep=999, sigma=0.9999995)), "must strictly descend"),
+    ("sd3", plan(FLOW_HEUN, 10, 0), "above 0 and up to 1000"),
     ("sd", plan(DDIM, 1000, 5), "from 0 to 999, got 1000 to 5"),
     ("sd", plan(DDIM, 10, -1), "from 0 to 999"),
     ("sd", plan(DDIM, 10, 5.5), "DDIMScheduler takes whole timesteps, got 5.5"),

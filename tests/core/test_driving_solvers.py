@@ -1,5 +1,6 @@
 """Followers against their stock schedulers (bit for bit) and against the papers' formulas in float64, without a pipeline."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,13 +10,21 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 from lissom.core.candidate import SamplingPlan, Scheduler, Step
 from lissom.core.driving.run import Run
-from lissom.core.driving.schedulers import follower
+from lissom.core.driving.schedulers import entries, follower
 from lissom.tests.core.tiny import SD_BETAS
 
 TIMES = (901.0, 640.0, 333.0, 120.0, 17.0)  # far from uniform
@@ -34,8 +43,8 @@ def start() -> torch.Tensor:
 def integrate(scheduler: Any, **options: Any) -> torch.Tensor:
     """The loop of a pipeline. The noise is scaled as pipelines do."""
     x = start() * getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching has none
-    if scheduler.config.get("algorithm_type", "").startswith("sde") or isinstance(scheduler, DDPMScheduler):
-        options["generator"] = torch.Generator().manual_seed(5)
+    if "generator" in inspect.signature(type(scheduler).step).parameters:
+        options = {"generator": torch.Generator().manual_seed(5)} | options
     for t in scheduler.timesteps:
         shown = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(model(shown, float(t)), t, x, **options).prev_sample
@@ -51,6 +60,9 @@ def planned(*times: float) -> tuple[Step, ...]:
     return tuple(Step(timestep=t) for t in times)
 
 
+PLMS: dict[str, Any] = {**SD_BETAS, "skip_prk_steps": True}
+FLOW: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+LAST: dict[str, Any] = {"final_sigmas_type": "sigma_min"}
 STOCK: dict[str, tuple[Callable[[], Any], int]] = {
     "ddim, 10": (lambda: DDIMScheduler(**SD_BETAS, steps_offset=1, clip_sample=False), 10),
     "ddim, all": (lambda: DDIMScheduler(**SD_BETAS), 1000),
@@ -68,14 +80,50 @@ STOCK: dict[str, tuple[Callable[[], Any], int]] = {
     "dpm++ 2M trailing": (lambda: DPMSolverMultistepScheduler(**SD_BETAS, timestep_spacing="trailing"), 100),
     "dpm++ 3M": (lambda: DPMSolverMultistepScheduler(**SD_BETAS, solver_order=3), 20),
     "dpm++ sde": (lambda: DPMSolverMultistepScheduler(**SD_BETAS, algorithm_type="sde-dpmsolver++"), 10),
-    "dpm flow": (
-        lambda: DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
-        10,
-    ),
+    "dpm flow": (lambda: DPMSolverMultistepScheduler(**FLOW), 10),
     "euler karras": (lambda: EulerDiscreteScheduler(**SD_BETAS, use_karras_sigmas=True), 10),
     "dpm++ 2M karras": (lambda: DPMSolverMultistepScheduler(**SD_BETAS, use_karras_sigmas=True), 10),
     "flow, shift 3": (lambda: FlowMatchEulerDiscreteScheduler(shift=3.0), 10),
     "flow, all": (lambda: FlowMatchEulerDiscreteScheduler(), 1000),
+    "dpm flow to the last level": (lambda: DPMSolverMultistepScheduler(**FLOW, **LAST), 10),
+    "pndm": (lambda: PNDMScheduler(**SD_BETAS, skip_prk_steps=True, steps_offset=1), 10),
+    "pndm v, to 1": (lambda: PNDMScheduler(**PLMS, prediction_type="v_prediction", set_alpha_to_one=True), 20),
+    "pndm, 1": (lambda: PNDMScheduler(**PLMS), 1),
+    "pndm, 2": (lambda: PNDMScheduler(**PLMS), 2),
+    "pndm, all": (lambda: PNDMScheduler(**PLMS), 1000),
+    "unipc": (lambda: UniPCMultistepScheduler(**SD_BETAS), 10),
+    "unipc 3, bh1, trailing": (
+        lambda: UniPCMultistepScheduler(**SD_BETAS, solver_order=3, solver_type="bh1", timestep_spacing="trailing", **LAST),
+        20,
+    ),
+    "unipc eps, no corrector at first": (
+        lambda: UniPCMultistepScheduler(**SD_BETAS, predict_x0=False, disable_corrector=[0, 1], **LAST),
+        10,
+    ),
+    "unipc karras": (lambda: UniPCMultistepScheduler(**SD_BETAS, use_karras_sigmas=True), 10),
+    "unipc flow": (lambda: UniPCMultistepScheduler(**FLOW), 10),
+    "unipc flow to the last level": (lambda: UniPCMultistepScheduler(**FLOW, **LAST), 10),
+    "deis": (lambda: DEISMultistepScheduler(**SD_BETAS), 10),
+    "deis 3": (lambda: DEISMultistepScheduler(**SD_BETAS, solver_order=3), 20),
+    "deis karras": (lambda: DEISMultistepScheduler(**SD_BETAS, use_karras_sigmas=True), 10),
+    "heun": (lambda: HeunDiscreteScheduler(**SD_BETAS), 10),
+    "heun, 1": (lambda: HeunDiscreteScheduler(**SD_BETAS), 1),
+    "heun v leading": (
+        lambda: HeunDiscreteScheduler(**SD_BETAS, prediction_type="v_prediction", timestep_spacing="leading", steps_offset=1),
+        10,
+    ),
+    "heun karras": (lambda: HeunDiscreteScheduler(**SD_BETAS, use_karras_sigmas=True), 10),
+    "lms": (lambda: LMSDiscreteScheduler(**SD_BETAS), 10),
+    "lms karras": (lambda: LMSDiscreteScheduler(**SD_BETAS, use_karras_sigmas=True), 10),
+    "euler ancestral": (lambda: EulerAncestralDiscreteScheduler(**SD_BETAS), 10),
+    "euler ancestral leading": (
+        lambda: EulerAncestralDiscreteScheduler(**SD_BETAS, timestep_spacing="leading", steps_offset=1),
+        10,
+    ),
+    "lcm, 1": (lambda: LCMScheduler(), 1),
+    "lcm, 4": (lambda: LCMScheduler(), 4),
+    "lcm v, all": (lambda: LCMScheduler(prediction_type="v_prediction", clip_sample=True), 50),
+    "flow heun, shift 3": (lambda: FlowMatchHeunDiscreteScheduler(shift=3.0), 10),
 }
 
 
@@ -84,11 +132,14 @@ def test_stock_schedule_gives_stock_bits(case: str) -> None:
     make, count = STOCK[case]
     stock = make()
     stock.set_timesteps(count)
-    times = stock.timesteps.tolist()
+    order = entries(type(stock).__name__, count)
+    assert len(stock.timesteps) == len(order)
+    once = [order.index(i) for i in range(count)]
     own = "flow" in case or "karras" in case  # levels that the timesteps alone do not give back
-    sigmas = stock.sigmas.tolist() if own else [None] * count
-    steps = tuple(Step(timestep=t, sigma=s) for t, s in zip(times, sigmas, strict=False))
-    assert torch.equal(integrate(following(make(), steps)), integrate(stock))
+    times, sigmas = stock.timesteps.tolist(), stock.sigmas.tolist() if own else [None] * len(order)
+    steps = tuple(Step(timestep=times[i], sigma=sigmas[i]) for i in once)
+    images = integrate(stock)
+    assert images.isfinite().all() and torch.equal(integrate(following(make(), steps)), images)
 
 
 def test_dynamic_shift_is_in_the_plan_already() -> None:

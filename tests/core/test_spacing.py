@@ -15,13 +15,25 @@ VP = {
     "euler": diffusers.EulerDiscreteScheduler(**SD_BETAS, use_karras_sigmas=True),
     "dpm": diffusers.DPMSolverMultistepScheduler(**SD_BETAS),
     "dpm karras": diffusers.DPMSolverMultistepScheduler(**SD_BETAS, use_karras_sigmas=True),
+    "pndm": diffusers.PNDMScheduler(**SD_BETAS, steps_offset=1, skip_prk_steps=True),
+    "heun": diffusers.HeunDiscreteScheduler(**SD_BETAS),
+    "heun karras": diffusers.HeunDiscreteScheduler(**SD_BETAS, use_karras_sigmas=True),
+    "unipc": diffusers.UniPCMultistepScheduler(**SD_BETAS),
+    "unipc karras": diffusers.UniPCMultistepScheduler(**SD_BETAS, use_karras_sigmas=True),
+    "deis": diffusers.DEISMultistepScheduler(**SD_BETAS),
+    "lms": diffusers.LMSDiscreteScheduler(**SD_BETAS),
+    "ancestral": diffusers.EulerAncestralDiscreteScheduler(**SD_BETAS),
+    "lcm": diffusers.LCMScheduler(),
 }
 FLOW = {
     "flow": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     "dynamic": diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     "inverted": diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
     "dpm flow": diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+    "unipc flow": diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+    "flow heun": diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0),
 }
+VP_PLAIN = diffusers.DDIMScheduler(**SD_BETAS)
 COUNTS = (1, 2, 3, 4, 7, 10, 49, 333, 501, 999, 1000)
 
 
@@ -45,13 +57,13 @@ def test_formulas_on_ddim() -> None:
     assert fixed(VP["ddim"], 1)["quadratic"].timesteps == (800,)
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm"])
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm", "pndm", "unipc", "deis"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_formulas_are_the_schedulers_own(name: str, spacing: str) -> None:
     scheduler: Any = VP[name]
     stock = type(scheduler).from_config(scheduler.config, timestep_spacing=spacing)
     stock.set_timesteps(20)
-    assert fixed(scheduler, 20)[spacing].timesteps == tuple(stock.timesteps.tolist())
+    assert fixed(scheduler, 20)[spacing].timesteps == tuple(dict.fromkeys(stock.timesteps.tolist()))  # PLMS repeats one
 
 
 def test_collisions_are_moved_to_free_timesteps() -> None:
@@ -62,25 +74,35 @@ def test_collisions_are_moved_to_free_timesteps() -> None:
 
 
 def test_stock_flow_is_the_schedulers_own() -> None:
-    for name in ("flow", "dpm flow"):
+    for name in ("flow", "dpm flow", "unipc flow", "flow heun"):
         scheduler: Any = FLOW[name]
         stock = type(scheduler).from_config(scheduler.config)
         stock.set_timesteps(8)
         steps = fixed(scheduler, 8)["stock"].steps
-        assert [s.timestep for s in steps] == stock.timesteps.tolist()
+        assert [s.timestep for s in steps] == list(dict.fromkeys(stock.timesteps.tolist()))  # Heun's are doubled
         levels = [s.timestep / 1000 if s.sigma is None else s.sigma for s in steps]
-        assert levels == pytest.approx(stock.sigmas[:-1].tolist(), rel=1e-7)
+        assert levels == pytest.approx(list(dict.fromkeys(stock.sigmas[:-1].tolist())), rel=1e-7)
 
 
-@pytest.mark.parametrize("name", ["euler", "dpm karras"])
+@pytest.mark.parametrize("count", [1, 4, 8, 50])
+def test_stock_lcm_is_its_own_skipping_schedule(count: int) -> None:
+    scheduler: Any = VP["lcm"]
+    stock = type(scheduler).from_config(scheduler.config)
+    stock.set_timesteps(count)
+    assert fixed(scheduler, count)["stock"].timesteps == tuple(stock.timesteps.tolist())
+    assert fixed(scheduler, count)["leading"].timesteps == fixed(VP_PLAIN, count)["leading"].timesteps
+    assert "stock" not in fixed(scheduler, 51)  # more steps than it was distilled with
+
+
+@pytest.mark.parametrize("name", ["euler", "dpm karras", "heun karras"])
 @pytest.mark.parametrize("count", [1, 4, 25])
 def test_stock_karras_levels_are_the_schedulers_own(name: str, count: int) -> None:
     scheduler: Any = VP[name]
     stock = type(scheduler).from_config(scheduler.config)
     stock.set_timesteps(count)
     steps = fixed(scheduler, count)["stock"].steps
-    assert [s.timestep for s in steps] == stock.timesteps.tolist()
-    assert [s.sigma for s in steps] == stock.sigmas[:-1].tolist()
+    assert [s.timestep for s in steps] == list(dict.fromkeys(stock.timesteps.tolist()))
+    assert [s.sigma for s in steps] == list(dict.fromkeys(stock.sigmas[:-1].tolist()))
     assert "stock" not in fixed(VP["ddim"], count)
 
 
@@ -93,6 +115,8 @@ def test_dynamic_shift_at_its_upper_end() -> None:
 def test_times() -> None:
     assert times(VP["ddim"]) == times(VP["euler"]) == Times(n=1000, integer=True, lowest=0, highest=999)
     assert times(FLOW["flow"]) == Times(n=1000, integer=False, lowest=1, highest=1000)
+    assert times(VP["pndm"]) == times(VP["lcm"]) == times(VP["heun"]) == times(VP["ddim"])
+    assert times(FLOW["flow heun"]) == times(FLOW["flow"]) and times(FLOW["unipc flow"]) == times(FLOW["dpm flow"])
     assert times(FLOW["dpm flow"]) == Times(n=1000, integer=True, lowest=1, highest=1000)
 
 

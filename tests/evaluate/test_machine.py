@@ -24,7 +24,7 @@ class Bench:
         self.was_compiled: list[bool] = []
         self.compiled_now = False
         self.rig = Rig(
-            plan=plan, steps=4, params=123, device="cpu", costs=lambda: Costs(total=100, layers={"a": 30, "a.b": 10}, params=123),
+            plan=plan, evaluations=4, params=123, device="cpu", costs=lambda: Costs(total=100, layers={"a": 30, "a.b": 10}, params=123),
             call=self.call, weights=lambda: [self.weight, self.weight.view(4, -1)], compiled=self.compiled,
             conditions={"device": "cpu (a bench)", "dtype": "float32"},
         )  # fmt: skip

@@ -39,6 +39,7 @@ SEEDS = tuple(2**62 + i for i in range(3))  # as large as image seeds get
 PROMPTS = ({"prompt": 'a photo of a "sneaker"', "label": 7}, {"prompt": "a photo of a \\ bag", "label": 8})
 TIMES = (930, 612, 391, 40)
 TOLERANCE = 1e-4
+BETAS: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 Maker = Callable[[], Any]
 
 
@@ -207,12 +208,20 @@ def test_fewer_than_100_lines_with_16_prompts_and_many_skips() -> None:
         DDIMScheduler(**{**_models.SCHEDULER, "thresholding": True, "prediction_type": "sample"}),
         EulerDiscreteScheduler(beta_schedule="scaled_linear", use_karras_sigmas=True),
         DPMSolverMultistepScheduler(beta_schedule="scaled_linear", final_sigmas_type="sigma_min"),
+        diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1),
+        diffusers.UniPCMultistepScheduler(**BETAS, use_karras_sigmas=True),
+        diffusers.DEISMultistepScheduler(**BETAS, timestep_spacing="trailing"),
+        diffusers.HeunDiscreteScheduler(**BETAS),
+        diffusers.LMSDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
+        diffusers.EulerAncestralDiscreteScheduler(**BETAS),
+        diffusers.LCMScheduler(**BETAS),
     ],
-    ids=["ddim-v", "ddim-clip", "ddim-sample-thresholding", "euler-karras", "dpm++2m"],
+    ids=lambda scheduler: f"{type(scheduler).__name__} {scheduler.config.get('prediction_type')}",
 )
 def test_schedulers(scheduler: Any, saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, folder = saved(stable_diffusion)
-    plan, arguments = plan_of(scheduler, {1: ("mid_block.attentions.0",)}), {"guidance_scale": 4.0, "negative_prompt": "shoe"}
+    skips = {0: ("up_blocks.1.attentions.1",), 1: ("mid_block.attentions.0",)}
+    plan, arguments = plan_of(scheduler, skips), {"guidance_scale": 4.0, "negative_prompt": "shoe"}
     made = run_here(reproduce.emit(plan, call_of(pipe, folder, plan, PROMPTS, **arguments)), tmp_path, monkeypatch)
     want = followed(pipe, plan, PROMPTS, guidance_scale=4.0, negative_prompt=["shoe"] * len(SEEDS))
     assert largest_difference(made, want) < TOLERANCE
@@ -243,7 +252,19 @@ def test_noise_levels_of_the_plan(saved: Any, tmp_path: Path, monkeypatch: pytes
     assert largest_difference(made, followed(pipe, plan, PROMPTS)) < TOLERANCE
 
 
-@pytest.mark.parametrize("cls", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+@pytest.mark.parametrize("skips", [{}, {1: ("transformer_blocks.0",)}], ids=["whole", "skips"])
+def test_flow_heun(skips: Any, saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, folder = saved(stable_diffusion_3)
+    scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)
+    for plan in (plan_of(scheduler, skips, (987.5, 700.25, 333)), fixed(scheduler, 3)["stock"]):
+        made = run_here(reproduce.emit(plan, call_of(pipe, folder, plan, PROMPTS)), tmp_path, monkeypatch)
+        assert largest_difference(made, followed(pipe, plan, PROMPTS)) < TOLERANCE
+
+
+HELD = [EulerDiscreteScheduler, DPMSolverMultistepScheduler, diffusers.HeunDiscreteScheduler, diffusers.UniPCMultistepScheduler]
+
+
+@pytest.mark.parametrize("cls", HELD)
 def test_stock_karras_levels(cls: Any, saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, folder = saved(stable_diffusion)
     plan = fixed(cls(beta_schedule="scaled_linear", use_karras_sigmas=True), 3)["stock"]
@@ -271,9 +292,10 @@ def run_stock(text: str, pipe: Any, prompt: str) -> np.ndarray:
         (stable_diffusion, DDIMScheduler(**{**_models.SCHEDULER, "prediction_type": "v_prediction"}), (*TIMES, 0)),
         (stable_diffusion, EulerDiscreteScheduler(beta_schedule="scaled_linear", use_karras_sigmas=True), TIMES),
         (stable_diffusion, DPMSolverMultistepScheduler(beta_schedule="scaled_linear", use_karras_sigmas=True), TIMES),
+        (stable_diffusion, diffusers.HeunDiscreteScheduler(**BETAS), TIMES),
         (stable_diffusion_3, FlowMatchEulerDiscreteScheduler(shift=3.0), (987.5, 700.25, 333, 61)),
     ],
-    ids=["ddim", "ddim-alpha-one", "ddim-v", "euler-karras", "dpm++2m-karras", "flow"],
+    ids=["ddim", "ddim-alpha-one", "ddim-v", "euler-karras", "dpm++2m-karras", "heun", "flow"],
 )
 def test_stock_call(maker: Maker, scheduler: Any, times: Any, saved: Any) -> None:
     pipe, _ = saved(maker)
@@ -294,13 +316,27 @@ def test_no_stock_call() -> None:
     assert reproduce.stock_call(plan_of(ddim), "DiTPipeline") is None  # takes no timesteps
     assert reproduce.stock_call(plan_of(DDIMScheduler()), "StableDiffusionPipeline") is None  # clips x0
     assert reproduce.stock_call(plan_of(ddim), "NoSuchPipeline") is None
-    assert reproduce.stock_call(plan_of(diffusers.DEISMultistepScheduler()), "StableDiffusionPipeline") is None
+    for name in (
+        "DEISMultistep",
+        "UniPCMultistep",
+        "EulerAncestralDiscrete",
+        "LMSDiscrete",
+        "LCM",
+        "DDPM",
+    ):  # no list, or noise
+        scheduler = getattr(diffusers, f"{name}Scheduler")()
+        assert reproduce.stock_call(plan_of(scheduler), "StableDiffusionPipeline") is None
+    assert reproduce.stock_call(plan_of(diffusers.PNDMScheduler(skip_prk_steps=True)), "StableDiffusionPipeline") is None
+    assert reproduce.stock_call(plan_of(diffusers.FlowMatchHeunDiscreteScheduler()), "StableDiffusion3Pipeline") is None
 
 
 @pytest.mark.parametrize(
     ("scheduler", "changes", "word"),
     [
-        (diffusers.DEISMultistepScheduler(), {}, "DEISMultistepScheduler"),
+        (diffusers.DDPMScheduler(), {}, "not for DDPMScheduler"),
+        (diffusers.PNDMScheduler(), {}, "PNDMScheduler cannot follow it (with skip_prk_steps=False"),
+        (diffusers.LCMScheduler(), {"pipeline": "DiTPipeline"}, "DiTPipeline hands on no generators"),
+        (diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), {}, "use_flow_sigmas"),
         (DDIMScheduler(), {"arguments": {"eta": 0.5}}, "eta = 0.5"),
         (DDIMScheduler(), {"rows": ({"prompt_embeds": object()},)}, "'prompt_embeds'"),
         (DDIMScheduler(), {"rows": ({"image": "a.png"},)}, "input images"),
@@ -311,8 +347,12 @@ def test_no_stock_call() -> None:
     ],
 )
 def test_refusals(scheduler: Any, changes: dict[str, Any], word: str) -> None:
-    given = {"layers": {"mid_block.attentions.0": "Transformer2DModel"}} | changes
+    given: dict[str, Any] = {
+        "pipeline": "StableDiffusionPipeline",
+        "layers": {"mid_block.attentions.0": "Transformer2DModel"},
+        **changes,
+    }
     with pytest.raises(UserError, match="no reproduce.py for this plan") as caught:
         plan = plan_of(scheduler, {1: ("mid_block.attentions.0",)})
-        reproduce.emit(plan, ModelCall("StableDiffusionPipeline", "x", SEEDS, **given))
+        reproduce.emit(plan, ModelCall(reference="x", seeds=SEEDS, **given))
     assert word in str(caught.value)
