@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .standins import STAND_INS, Absent
+from .standins import STAND_INS, Absent, both_inputs, joint_input, plain_input, x_input
 
 Removal = Literal["input", "shortcut", "zero"]
 Substitute = Callable[..., Any]  # (layer, *args, **kwargs of its forward) -> what is returned in its place
@@ -127,6 +127,7 @@ class _Class:
     kind: Callable[[Any], str]
     removal: Callable[[Any], Removal]
     parents: tuple[str, ...] = ()  # if given: offered only directly inside these classes, which add what it returns
+    fits: Callable[[Any], bool] = lambda layer: True  # offered only if so
 
 
 def _attention_kind(layer: Any) -> str:
@@ -135,27 +136,28 @@ def _attention_kind(layer: Any) -> str:
     return "cross_attention" if layer.is_cross_attention else "self_attention"
 
 
+def _keeps_width(layer: Any) -> bool:
+    """ControlNet-XS feeds its middle with the other network's channels too: there nothing could take its place."""
+    return bool(layer.resnets[0].in_channels == layer.resnets[-1].out_channels)
+
+
 def _always(kind: str, removal: Removal) -> _Class:
     return _Class(lambda layer: kind, lambda layer: removal)
 
 
 # Attention inside SD3's and Flux's blocks returns a pair or is fused with the feed-forward: not offered.
 CLASSES: dict[str, _Class] = {
+    **{
+        name: _always("transformer_block", "input")
+        for name, stand_in in STAND_INS.items()
+        if stand_in in (plain_input, joint_input, both_inputs, x_input) and not name.startswith("UNet")
+    },
     "ResnetBlock2D": _always("resnet", "shortcut"),
     "Transformer2DModel": _always("attention", "input"),
     **{
-        name: _always("transformer_block", "input")
-        for name in (
-            "BasicTransformerBlock",
-            "SanaTransformerBlock",
-            "WanTransformerBlock",
-            "JointTransformerBlock",
-            "FluxTransformerBlock",
-            "FluxSingleTransformerBlock",
-        )
+        name: _Class(lambda layer: "middle", lambda layer: "input", fits=_keeps_width)
+        for name in ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
     },
-    "UNetMidBlock2DCrossAttn": _always("middle", "input"),
-    "UNetMidBlock2D": _always("middle", "input"),
     "Attention": _Class(
         _attention_kind,
         lambda layer: "input" if layer.residual_connection else "zero",
@@ -177,7 +179,9 @@ def _name(module: nn.Module) -> str:
 
 def _known(module: Any, parent: nn.Module) -> _Class | None:
     known = CLASSES.get(_name(module))
-    if known is None or not known.parents or _name(parent) in known.parents:
+    if known is None or not known.fits(module):
+        return None
+    if not known.parents or _name(parent) in known.parents:
         return known
     return known if getattr(module, "residual_connection", False) else None
 

@@ -17,16 +17,18 @@ class Conditions:
     """Rows of `__call__` arguments; image i uses row i mod len(rows), so that a balanced file gives balanced images."""
 
     def __init__(self, rows: list[dict[str, Any]], source: str, folder: Path = Path()) -> None:
-        """folder: where the relative paths of input images start from."""
+        """rows: plain data as read from a file; in Python also PIL images, and tensors (1, ...), one row of a batch each.
+        folder: where the relative paths of input images start from.
+        """
         self.rows, self.source, self.folder = rows, source, folder
 
     def row(self, index: int) -> dict[str, Any]:
         return self.rows[index % len(self.rows)]
 
-    def arguments(self, indices: range) -> dict[str, list[Any]]:
-        """Lists for one batched pipeline call: {"prompt": [...]}; empty for unconditional pipelines."""
+    def arguments(self, indices: range) -> dict[str, Any]:
+        """Lists for one batched pipeline call: {"prompt": [...]}, tensors joined to one; empty for unconditional pipelines."""
         rows = [self.row(i) for i in indices]
-        return {key: [self._argument(key, row[key]) for row in rows] for key in rows[0] if key not in NOTES}
+        return {key: _joined([self._argument(key, row[key]) for row in rows]) for key in rows[0] if key not in NOTES}
 
     def caption(self, index: int) -> str | None:
         """The text that image `index` should show, for CLIP scores."""
@@ -43,7 +45,8 @@ class Conditions:
         """sha256 of the rows and of the contents of the images that they name."""
         files = sorted({row[key] for row in self.rows for key in IMAGES if isinstance(row.get(key), str)})
         contents = [hashlib.sha256((self.folder / name).read_bytes()).hexdigest() for name in files]
-        return hashlib.sha256(canonical([self.rows, contents] if files else self.rows).encode()).hexdigest()
+        rows = [{key: digest(value) for key, value in row.items()} for row in self.rows]
+        return hashlib.sha256(canonical([rows, contents] if files else rows).encode()).hexdigest()
 
     def _argument(self, key: str, value: Any) -> Any:
         if key not in IMAGES or not isinstance(value, str):
@@ -93,6 +96,27 @@ def read(path: Path) -> Conditions:
     if not rows:
         raise UserError(f"{path}: no prompts in it. Write one prompt a line.")
     return Conditions(rows, str(path), path.parent)
+
+
+def digest(value: Any) -> Any:
+    """sha256 of the contents of a tensor or a PIL image; any other value as it is."""
+    if hasattr(value, "detach"):
+        import torch
+
+        plain = value.detach().cpu().contiguous()
+        return hashlib.sha256(plain.view(torch.uint8).numpy().tobytes() if plain.ndim else repr(plain).encode()).hexdigest()
+    if hasattr(value, "tobytes") and hasattr(value, "mode"):
+        return hashlib.sha256(repr((value.mode, value.size)).encode() + value.tobytes()).hexdigest()
+    return value
+
+
+def _joined(values: list[Any]) -> Any:
+    """Pipelines want one tensor for a batch, and lists of anything else."""
+    if not all(hasattr(value, "detach") for value in values):
+        return values
+    import torch
+
+    return torch.cat(values)
 
 
 def _unreadable(name: Any, folder: Path) -> str | None:

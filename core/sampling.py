@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import hashlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,11 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from . import memory
 from .candidate import SamplingPlan, Seeds, canonical, image_seed
-from .conditions import Conditions
+from .conditions import IMAGES, Conditions, digest
 from .driving import Memo, Run, check, follow, watch
 from .errors import SamplingError
 
@@ -26,7 +26,7 @@ class Batch:
     """Some of the images of a seed block, in order."""
 
     indices: range  # of the images in their role's block: Seeds.indices()
-    pixels: Tensor | None = None  # (B, H, W, 3) uint8, on the CPU
+    pixels: Tensor | None = None  # (B, H, W, 3) uint8, on the CPU; of a video the middle frame
     # As the pipeline holds them after the last step: (B, C, h, w), or packed (Flux). Beside pixels too, where it was seen.
     latents: Tensor | None = None
 
@@ -53,12 +53,14 @@ class Sampler:
         conditions: what each image is made from. Without any, the pipeline is asked for a batch of unconditional images.
         chunk: images per call of the pipeline; halved for good when memory runs out.
         call: further arguments of `pipe.__call__` (guidance_scale, height, ...). A text such as negative_prompt holds for every
-            image. Tensors are passed unchanged: `prompt_embeds` of one row serve any chunk, others must have a row for
-            each image of every chunk.
+            image, a PIL image such as ControlNet's too. Tensors are passed unchanged: `prompt_embeds` or `image_embeds` of
+            one row serve any chunk, others must have a row for each image of every chunk.
         memo: shared denoiser results; `fingerprint` names the weights (and adapters) that they were made with.
         """
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
+        if memo is not None and memo.files is not None and not fingerprint:
+            raise ValueError("results in files are shared between processes: a fingerprint has to name the weights")
         self.pipe, self.conditions, self.chunk = pipe, conditions, chunk
         self.call, self.memo, self.fingerprint = dict(call or {}), memo, fingerprint
         self.calls = 0  # denoiser forwards executed
@@ -130,7 +132,7 @@ class Sampler:
 
     def _arguments(self, indices: range, steps: int | None) -> dict[str, Any]:
         size, rows = len(indices), self.conditions.arguments(indices)
-        every = {key: [value] * size if rows and _is_text(key, value) else value for key, value in self.call.items()}
+        every = {key: [value] * size if rows and _is_one(key, value) else value for key, value in self.call.items()}
         if steps is not None:
             every["num_inference_steps"] = steps
         if not rows:
@@ -141,14 +143,15 @@ class Sampler:
         """The argument that asks for `size` images where no list of conditions says so."""
         if "batch_size" in self._takes:
             return {"batch_size": size}
-        given = [len(value) for key, value in self.call.items() if isinstance(value, Tensor) and key.endswith("prompt_embeds")]
+        given = [len(value) for key, value in self.call.items() if isinstance(value, Tensor) and key.endswith("embeds")]
         per_prompt, remainder = divmod(size, given[0] if given else 1)
-        if "num_images_per_prompt" not in self._takes or remainder or not per_prompt:
+        names = [name for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in self._takes]
+        if not names or remainder or not per_prompt:
             raise SamplingError(
                 f"{type(self.pipe).__name__} cannot make {size} images from what it is given"
                 + (f" ({given[0]} rows of embeddings)." if given else ": it needs conditions (--prompts FILE).")
             )
-        return {"num_images_per_prompt": per_prompt}
+        return {names[0]: per_prompt}
 
     def _context(self, drawn: list[int]) -> str:
         """What the memoised results depend on besides the plan: weights, seeds of the chunk, conditions, call."""
@@ -170,7 +173,16 @@ class Sampler:
 
 
 def _pixels(made: Any, size: int, where: str) -> Tensor:
-    """Pipeline output -> (B, H, W, 3) uint8. Takes tensors (B, C, H, W), arrays (B, H, W, C) in 0..1, and lists of PIL images."""
+    """Pipeline output -> (B, H, W, 3) uint8. Takes tensors (B, C, H, W), arrays (B, H, W, C) in 0..1, and lists of PIL images.
+
+    Of a video, with a dimension F of frames after B or as a list of lists, the middle frame is taken: motion is not measured.
+    """
+    if isinstance(made, list) and made and isinstance(made[0], list):
+        made = [frames[len(frames) // 2] for frames in made]
+    if isinstance(made, list) and made and isinstance(made[0], Tensor | np.ndarray):
+        made = torch.stack(made) if isinstance(made[0], Tensor) else np.stack(made)
+    if isinstance(made, Tensor | np.ndarray) and made.ndim == 5:
+        made = made[:, made.shape[1] // 2]
     if isinstance(made, Tensor):
         x = made.detach().float().cpu()
         x = x.movedim(1, -1) if x.ndim == 4 else x
@@ -205,13 +217,13 @@ def _offers_latents(pipe: Any) -> bool:
         return False
 
 
-def _is_text(key: str, value: Any) -> bool:
-    """Pipelines want a list for every text when `prompt` is a list."""
-    return "prompt" in key and isinstance(value, str)
+def _is_one(key: str, value: Any) -> bool:
+    """Pipelines want a list for every text and picture when `prompt` is a list."""
+    return ("prompt" in key and isinstance(value, str)) or (key in IMAGES and isinstance(value, Image))
 
 
 def _digest(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        plain = value.detach().cpu().contiguous()
-        return hashlib.sha256(plain.view(torch.uint8).numpy().tobytes() if plain.ndim else repr(plain).encode()).hexdigest()
-    return repr(value)
+    if isinstance(value, list | tuple):
+        return [_digest(each) for each in value]
+    found = digest(value)
+    return repr(value) if found is value else found

@@ -50,6 +50,18 @@ def joint_input(
     return (None if dropped else encoder_hidden_states), hidden_states
 
 
+def both_inputs(
+    layer: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """A block with two streams, CogView's or HunyuanVideo's: image and text tokens unchanged, in that order."""
+    return hidden_states, encoder_hidden_states
+
+
+def x_input(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`plain_input` of a layer that calls its first argument x."""
+    return x
+
+
 def attention_absent(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Attention: its input where it adds the residual itself (pixel U-Nets), zeros where its parent does."""
     if layer.residual_connection:
@@ -64,6 +76,31 @@ def zeros(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tenso
 
 # class name -> the function that stands in for it
 STAND_INS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(
+        (
+            "BriaFiboSingleTransformerBlock", "ChromaSingleTransformerBlock", "Flux2SingleTransformerBlock", "HunyuanDiTBlock",
+            "Ideogram4TransformerBlock", "Krea2TextFusionBlock", "Krea2TransformerBlock", "Lumina2TransformerBlock",
+            "LuminaNextDiTBlock", "NucleusMoEImageTransformerBlock", "PRXBlock",
+        ),
+        plain_input,
+    ),
+    **dict.fromkeys(
+        (
+            "BriaFiboTransformerBlock", "ChromaTransformerBlock", "Flux2TransformerBlock", "LongCatImageTransformerBlock",
+            "LongCatImageSingleTransformerBlock", "OvisImageTransformerBlock", "OvisImageSingleTransformerBlock",
+            "QwenImageTransformerBlock",
+        ),
+        joint_input,
+    ),
+    **dict.fromkeys(
+        (
+            "CogVideoXBlock", "CogView3PlusTransformerBlock", "CogView4TransformerBlock", "GlmImageTransformerBlock",
+            "HunyuanImageTransformerBlock", "HunyuanImageSingleTransformerBlock", "HunyuanVideoTransformerBlock",
+            "HunyuanVideoSingleTransformerBlock",
+        ),
+        both_inputs,
+    ),
+    **dict.fromkeys(("ErnieImageSharedAdaLNBlock", "ZImageTransformerBlock"), x_input),
     "ResnetBlock2D": resized_shortcut,
     "Transformer2DModel": wrapped_input,
     "BasicTransformerBlock": plain_input,
@@ -76,7 +113,7 @@ STAND_INS: dict[str, Callable[..., Any]] = {
     "FeedForward": zeros,
     "UNetMidBlock2DCrossAttn": plain_input,
     "UNetMidBlock2D": plain_input,
-}
+}  # fmt: skip
 # What a stand-in still reads of the layer, or its parents do (channels tell which skip connection fits where).
 ATTRIBUTES = (
     "output_scale_factor", "residual_connection", "rescale_output_factor", "context_pre_only", "in_channels", "out_channels",

@@ -79,3 +79,17 @@ def test_a_missing_or_broken_image_is_named_with_its_line(tmp_path):
     path.write_text('{"image": "broken.png"}\n{"image": "gone.png"}\n')
     with pytest.raises(UserError, match=r"rows.jsonl:1: broken.png(.|\n)*rows.jsonl:2: gone.png"):
         read(path)
+
+
+def test_tensors_and_pictures_of_rows_are_joined_and_part_of_the_hash():
+    import torch
+
+    rows = [{"image_embeds": torch.full((1, 2), float(i)), "image": Image.new("RGB", (2, 2), (i, 0, 0))} for i in range(3)]
+    conditions = Conditions(rows, "")
+    made = conditions.arguments(range(2, 5))
+    assert torch.equal(made["image_embeds"], torch.tensor([[2.0, 2.0], [0.0, 0.0], [1.0, 1.0]]))
+    assert [picture.getpixel((0, 0))[0] for picture in made["image"]] == [2, 0, 1]
+    again = [{"image_embeds": row["image_embeds"].clone(), "image": row["image"].copy()} for row in rows]
+    assert Conditions(again, "").hash == conditions.hash
+    for key, other in (("image_embeds", torch.zeros(1, 2)), ("image", Image.new("RGB", (2, 2), (9, 0, 0)))):
+        assert Conditions([rows[0], {**rows[1], key: other}, rows[2]], "").hash != conditions.hash
