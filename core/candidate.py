@@ -104,7 +104,7 @@ class Cut(Data):
 
 
 class Candidate(Data):
-    """What is varied: a plan, cuts, or both."""
+    """What is varied: a plan, cuts, or both. The plan's skips are then named as in the model before it is cut."""
 
     plan: SamplingPlan | None = None
     cuts: tuple[Cut, ...] = ()
@@ -142,6 +142,8 @@ class Request(Data):
     candidate: Candidate
     seeds: Seeds  # seeds.count is the number of samples
     origin: str = ""  # how it came about ("mutation", "uniform", ...): for the record, not part of the key
+    # What it costs as shares of the uncut run (macs, latency, params), known before it is scored: not part of the key either.
+    costs: dict[str, float] = Field(default_factory=dict)
 
     def key(self, evaluator: str) -> str:
         """The trial key: sha256 of candidate, evaluator, seeds and number of samples."""

@@ -90,10 +90,10 @@ class Trial(Data):
         return next((m for m in self.measurements if m.metric == metric), None)
 
     def value(self, metric: str) -> float:
-        """The metric as a cost to minimise; infinite for a failed trial, so that every method survives failures."""
+        """A metric or a cost of the request, to minimise; infinite for a failed trial, so that every method survives failures."""
         found = self.measured(metric)
         if found is None:
-            return math.inf
+            return self.request.costs.get(metric, math.inf) if self.state == "complete" else math.inf
         return found.value if found.direction == "lower" else -found.value
 
 

@@ -2,16 +2,17 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from . import methods
 from .candidate import Data
 from .errors import UserError, one_line
 from .gates import Gate, metrics_behind
 from .methods import suggest
+from .stages import PruneStage, SearchStage
 
 
 class Evaluate(Data):
@@ -25,79 +26,6 @@ class Evaluate(Data):
     metrics: tuple[str, ...] = Field(default=("fid", "clip_score"), min_length=1)
     samples: int = Field(default=2048, ge=4)  # images behind each number that is reported
     teacher_steps: int = Field(default=50, ge=1)  # for reference: teacher, steps of the model's own outputs
-
-
-class SearchStage(Data):
-    """Search a sampling plan: `{search: METHOD, steps: K, …}`. The method's own settings stand beside these keys."""
-
-    search: str  # a file in search/, or a module of your own (mylab.search.mine)
-    steps: int = Field(default=4, ge=1)  # K: solver steps of the plan
-    trials: int = Field(default=120, ge=1)  # candidates scored, baselines and re-scores excluded
-    samples: int = Field(default=256, ge=4)  # images per candidate, the same seeds for all
-    objective: str = "fid"  # the metric that is searched
-    budget: dict[Literal["macs"], float] = Field(default_factory=dict)  # at most this share of the uncut K-step run
-    space: tuple[Literal["timesteps", "skips"], ...] = Field(default=("timesteps", "skips"), min_length=1)
-    scheduler: str | None = None  # a diffusers scheduler class to use instead of the model's own
-    rescore: int = Field(default=8, ge=1)  # elites scored again on fresh seeds before a winner is named
-    rescore_samples: int = Field(default=1024, ge=4)
-    settings: dict[str, Any] = Field(default_factory=dict)  # the method's Config, validated
-
-    @model_validator(mode="after")
-    def _sensible(self) -> "SearchStage":
-        for name, share in self.budget.items():
-            if not 0 < share <= 1:
-                raise ValueError(f"budget {name}={share:g}: must be above 0 and at most 1, a share of the uncut run")
-        if "timesteps" not in self.space:
-            raise ValueError("space must contain timesteps")
-        return self
-
-    @property
-    def method(self) -> str:
-        return self.search
-
-
-KEEP = 0.7  # share that is left where none is given
-
-
-class PruneStage(Data):
-    """Make the model smaller: `{prune: METHOD, keep: R, …}`. The method's own settings stand beside these keys."""
-
-    prune: str  # a file in prune/, or a module of your own (mylab.prune.mine)
-    keep: float | None = None  # share of the cost that is left at most [0.7]; methods that bring a structure take none
-    of: Literal["params", "macs", "latency"] = "params"  # what `keep` is a share of: of all denoisers of the pipeline
-    calibration: int = Field(default=64, ge=1)  # images whose denoiser calls the losses are measured on
-    times: int = Field(default=8, ge=1)  # noise levels that these calls are spread over
-    data: str | None = None  # image folder or zip to take them from; teacher (the model's own trajectories) by default
-    units: tuple[str, ...] = ()  # kinds of layers that may be cut; resnet, attention and transformer_block by default
-    shortcuts: bool = True  # ResNets that change the number of channels may go too: their trained 1x1 shortcut stays
-    include: tuple[str, ...] = ()  # patterns of addresses (up_blocks.*): only these layers may be cut
-    exclude: tuple[str, ...] = ()  # patterns of addresses: these layers may not be cut
-    require_plain_load: bool = False  # only cuts that a stock config expresses: no trust_remote_code is ever needed
-    measure: bool = True  # score the model before and after, where there are prompts and features
-    steps: int | None = Field(default=None, ge=1)  # solver steps of the images that are scored; the pipeline's default
-    latency_batches: tuple[Annotated[int, Field(ge=1)], ...] = (
-        1,
-        64,
-    )  # batches at which one call of the denoiser is timed; [] for none
-    save_dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of the saved weights; the parent's by default
-    variant: str | None = Field(default=None, pattern=r"^\w+$")  # in the names of the weight files, e.g. fp16
-    shard_size: str = Field(default="5GB", pattern=r"^\d+(MB|GB)$")  # of a weight file at most
-    settings: dict[str, Any] = Field(default_factory=dict)  # the method's Config, validated
-
-    @model_validator(mode="after")
-    def _sensible(self) -> "PruneStage":
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise ValueError(f"keep={self.keep:g}: must be above 0 and at most 1, the share of the {self.of} that is left")
-        return self
-
-    @property
-    def method(self) -> str:
-        return self.prune
-
-    @property
-    def share(self) -> float:
-        """`keep`, or its default."""
-        return KEEP if self.keep is None else self.keep
 
 
 class Recipe(Data):

@@ -1,6 +1,6 @@
 """Cuts applied to a denoiser in memory: exact, undoable, and refused with a reason where they do not fit together."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,11 +19,16 @@ class CannotCut(UserError):
 
 
 @contextmanager
-def applied(denoiser: nn.Module, cuts: Sequence[Cut]) -> Iterator[None]:
-    """Inside this context the denoiser is the smaller one; afterwards it is as it was, bit for bit. See `apply`."""
+def applied(denoiser: nn.Module, cuts: Sequence[Cut], *, following: Iterable[str] = ()) -> Iterator[dict[str, str]]:
+    """Inside this context the denoiser is the smaller one; afterwards it is as it was, bit for bit. See `apply`.
+
+    following: addresses in the whole denoiser. The context gives where those layers are now; those that are gone are left out.
+    """
+    target = uncompiled(denoiser)
+    whole = {id(target.get_submodule(address)): address for address in following}
     undo = apply(denoiser, cuts)
     try:
-        yield
+        yield {whole[id(module)]: now for now, module in target.named_modules() if id(module) in whole} if whole else {}
     finally:
         undo()
 

@@ -132,13 +132,18 @@ def _stages(unet: Any, allowed: set[str]) -> "list[list[tuple[Cut, ...]]]":
     One way per stage: that of BK-SDM where there is one (the first pair stays down, the first and the last up), as its
     students show that it can be retrained; otherwise the one that leaves other skip connections in place.
     """
+    return [[(), way] for way in preferred_pairs(unet, allowed)]
+
+
+def preferred_pairs(unet: Any, allowed: set[str] | None = None) -> list[tuple[Cut, ...]]:
+    """For each stage of a U-Net that can lose a (ResNet, attention) pair, the way to take it out. allowed: layers that may go."""
     from ..core import surgery
 
     pairs: dict[str, list[tuple[Cut, ...]]] = {}
     for two in surgery.pairs(unet):
-        if _lost(unet, two) <= allowed:
+        if allowed is None or lost_layers(unet, two) <= allowed:
             pairs.setdefault(two[0].address, []).append(two)
-    return [[(), _preferred(ways)] for ways in pairs.values()]
+    return [_preferred(ways) for ways in pairs.values()]
 
 
 def _preferred(ways: list[tuple[Cut, ...]]) -> tuple[Cut, ...]:
@@ -156,20 +161,34 @@ def _preferred(ways: list[tuple[Cut, ...]]) -> tuple[Cut, ...]:
 
 def _middles(unet: Any, allowed: set[str]) -> list[tuple[Cut, ...]]:
     """To leave the middle whole, to leave one ResNet of it, to take it out."""
+    everything = set(_of_middle(unet))
+    return [
+        (),
+        *(
+            cuts
+            for name, cuts in smaller_middles(unet)
+            if (everything if name == "none" else {cut.address for cut in cuts}) <= allowed
+        ),
+    ]
+
+
+def smaller_middles(unet: Any) -> list[tuple[str, tuple[Cut, ...]]]:
+    """To leave one ResNet of the middle, or to take it out, by name."""
     middle = unet.mid_block
-    ways: list[tuple[Cut, ...]] = [()]
     if middle is None:
-        return ways
-    attentions = [f"mid_block.attentions.{i}" for i, m in enumerate(middle.attentions) if m is not None]
-    resnets = [f"mid_block.resnets.{i}" for i in range(len(middle.resnets))]
-    if type(middle).__name__ == "UNetMidBlock2DCrossAttn" and {*attentions, *resnets[1:]} <= allowed:
-        ways.append(tuple(remove(a) for a in (*attentions, *resnets[1:])))
-    if {*attentions, *resnets} <= allowed:
-        ways.append((remove("mid_block"),))
-    return ways
+        return []
+    others = [a for a in _of_middle(unet) if a != "mid_block.resnets.0"]
+    one = [("one ResNet", tuple(map(remove, others)))] if type(middle).__name__ == "UNetMidBlock2DCrossAttn" else []
+    return [*one, ("none", (remove("mid_block"),))]
 
 
-def _lost(unet: Any, cuts: Sequence[Cut]) -> set[str]:
+def _of_middle(unet: Any) -> list[str]:
+    middle = unet.mid_block
+    attentions = [f"mid_block.attentions.{i}" for i, m in enumerate(middle.attentions) if m is not None] if middle else []
+    return attentions + [f"mid_block.resnets.{i}" for i in range(len(middle.resnets))] if middle else []
+
+
+def lost_layers(unet: Any, cuts: Sequence[Cut]) -> set[str]:
     """Addresses of the ResNets and attentions that cuts take out."""
     lost = {cut.address for cut in cuts if cut.what == "remove"}
     for cut in cuts:
@@ -182,7 +201,7 @@ def _lost(unet: Any, cuts: Sequence[Cut]) -> set[str]:
 
 def _sites(unet: Any, allowed: set[str], base: Sequence[Cut]) -> Iterator[list[tuple[Cut, ...]]]:
     """Blocks of attentions, or attentions of one block, that a space's base leaves."""
-    gone, centre = _lost(unet, base), "mid_block.attentions.0"
+    gone, centre = lost_layers(unet, base), "mid_block.attentions.0"
     found = {
         address: len(module.transformer_blocks)
         for address, module in unet.named_modules()

@@ -53,7 +53,7 @@ class Config(BaseModel):
 def prune(task: Task, config: Config, rng: random.Random) -> Pruned:
     """The cuts that turn the U-Net into the one of the map. Raises UserError where the map is not for this U-Net."""
     unet: Any = task.denoiser
-    _is_made_of_pairs(unet)
+    is_made_of_pairs(unet)
     given = {k: v for k, v in config.model_dump().items() if v is not None and k != "preset"}
     if config.preset is not None:
         preset = _preset(config.preset, unet)
@@ -67,7 +67,7 @@ def prune(task: Task, config: Config, rng: random.Random) -> Pruned:
     return Pruned(cuts=tuple(_cuts(unet, Config(**given))))
 
 
-def _is_made_of_pairs(unet: Any) -> None:
+def is_made_of_pairs(unet: Any) -> None:
     """UserError unless all stages are lists of ResNets and attentions, which is all that a map speaks of."""
     from ..core import surgery
 
@@ -151,11 +151,13 @@ def _shallower(address: str, block: Any, stay: tuple[int, ...], depth: int | lis
     wanted = [depth] * len(stay) if isinstance(depth, int) else depth
     _fits(f"depths of {address}", wanted, len(stay))
     return [
-        cut for i, keep in zip(stay, wanted, strict=True) for cut in _first(f"{address}.attentions.{i}", attentions[i], keep)
+        cut
+        for i, keep in zip(stay, wanted, strict=True)
+        for cut in first_blocks(f"{address}.attentions.{i}", attentions[i], keep)
     ]
 
 
-def _first(address: str, attention: Any, keep: int) -> list[Cut]:
+def first_blocks(address: str, attention: Any, keep: int) -> list[Cut]:
     """Cuts that leave the first transformer blocks of an attention. Of none, the projections are left, and do nothing."""
     have = len(getattr(attention, "transformer_blocks", ()))
     if keep > have:
@@ -178,7 +180,7 @@ def _middle(unet: Any, config: Config) -> list[Cut]:
         return [Cut(address=f"mid_block.{name}", what="remove") for name in gone]
     if config.middle_depth is None:
         return []
-    return [cut for i, a in attentions.items() for cut in _first(f"mid_block.attentions.{i}", a, config.middle_depth)]
+    return [cut for i, a in attentions.items() for cut in first_blocks(f"mid_block.attentions.{i}", a, config.middle_depth)]
 
 
 def _fits(name: str, values: list[Any], count: int) -> None:

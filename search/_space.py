@@ -1,27 +1,57 @@
-"""The space of sampling plans: K timesteps as a set, and layers that a step may skip, under a budget in MACs."""
+"""What a search varies: K timesteps as a set, layers that a step leaves out, and cuts of the model, under budgets."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..core.candidate import Candidate, Request, SamplingPlan, Scheduler, Seeds, Step
-from ..core.measurement import Trial
+from ..core.candidate import Candidate, Cut, SamplingPlan, Scheduler, Step
 
-Genome = tuple[Step, ...]  # by descending timestep; a timestep and its skips always travel together
+
+@dataclass(frozen=True)
+class Genome:
+    """A candidate as methods vary it."""
+
+    steps: tuple[Step, ...]  # by descending timestep; a timestep and its skips always travel together
+    shape: tuple[int, ...] = ()  # of every site of the space, which option is chosen; 0: the site is left whole
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        return tuple(step.timestep for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Something that can be cut from the model, as one of the options of a site."""
+
+    name: str
+    cuts: tuple[Cut, ...]
+    lost: frozenset[str]  # addresses of the layers that are gone then; another choice that loses one of them excludes this one
+
+
+@dataclass(frozen=True)
+class Price:
+    """One kind of cost (MACs, milliseconds, parameters), and what saves how much of it."""
+
+    whole: float  # of one denoiser evaluation, nothing left out
+    layers: Mapping[str, float] = field(default_factory=dict)  # saved where one evaluation skips the layer
+    choices: Mapping[str, float] = field(default_factory=dict)  # saved in every evaluation by a choice, by its name
+    beside: float = 0.0  # what a run costs besides: text encoder, solver, decoder
 
 
 @dataclass(frozen=True)
 class Space:
-    """What a plan may contain. All randomness comes in as an argument; genomes go out repaired: K distinct, sorted, valid."""
+    """What a candidate may contain. All randomness comes in as an argument; genomes go out repaired: K distinct, sorted, valid."""
 
     scheduler: Scheduler
     steps: int  # K
     low: float  # lowest and highest timestep that the scheduler takes
     high: float
     whole: bool  # timesteps are integers (else fractions of 1/1000 of the range)
-    macs: int  # of one uncut denoiser step, per image
-    layers: Mapping[str, int] = field(default_factory=dict)  # skippable layers -> MACs that skipping saves in a step
-    budget: float = 1.0  # MACs of a plan at most, as a share of K uncut steps
+    prices: Mapping[str, Price]  # by name: macs, latency, params
+    layers: tuple[str, ...] = ()  # that a step may skip, none inside another
+    sites: tuple[tuple[Choice, ...], ...] = ()  # of the model, each whole or cut in one of several ways
+    budget: Mapping[str, float] = field(default_factory=dict)  # at most this share of the uncut K-step run
+    evaluations: tuple[int, ...] = ()  # denoiser evaluations of each step; one where nothing is given
 
     @property
     def grid(self) -> float:
@@ -40,13 +70,14 @@ class Space:
         return self.snap(rng.uniform(self.low, self.high))
 
     def random_times(self, rng: random.Random) -> Genome:
-        """K distinct timesteps, uniformly, nothing skipped."""
-        return self.repair([Step(timestep=self.draw(rng))], rng)
+        """K distinct timesteps, uniformly; nothing skipped, nothing cut."""
+        return self.repair([Step(timestep=self.draw(rng))], (), rng)
 
-    def repair(self, genes: Sequence[Step], rng: random.Random) -> Genome:
+    def repair(self, genes: Sequence[Step], shape: Sequence[int], rng: random.Random) -> Genome:
         """Exactly K distinct valid timesteps, sorted; surplus genes leave at random, missing ones are drawn.
 
-        A noise level of its own (a step of the stock schedule has one) stays behind: it belongs to its old neighbours.
+        A noise level of its own (a step of the stock schedule has one) stays behind: it belongs to its old neighbours. Of two
+        choices that exclude each other the one of the earlier site stays, and what is cut cannot be skipped.
         """
         kept: dict[float, Step] = {}
         for gene in genes:
@@ -57,67 +88,163 @@ class Space:
         while len(kept) < self.steps:
             t = self.draw(rng)
             kept.setdefault(t, Step(timestep=t))
-        return tuple(kept[t] for t in sorted(kept, reverse=True))
+        return self.consistent(Genome(tuple(kept[t] for t in sorted(kept, reverse=True)), tuple(shape)))
 
-    def cost(self, genome: Genome) -> int:
-        """MACs per image of all steps."""
-        return sum(self.macs - sum(self.layers[a] for a in step.skip) for step in genome)
+    def consistent(self, genome: Genome) -> Genome:
+        """The genome without choices that earlier ones exclude, and without skips of layers that are cut."""
+        lost: set[str] = set()
+        shape = []
+        for site, pick in zip(self.sites, genome.shape or (0,) * len(self.sites), strict=True):
+            gone = site[pick - 1].lost if pick else frozenset()
+            fits = not any(_within(a, b) or _within(b, a) for a in gone for b in lost)
+            shape.append(pick if fits else 0)
+            lost |= gone if fits else set()
+        if not lost:
+            return Genome(genome.steps, tuple(shape))
+        kept = [tuple(a for a in step.skip if not any(_within(a, b) for b in lost)) for step in genome.steps]
+        return Genome(
+            tuple(s.model_copy(update={"skip": skip}) for s, skip in zip(genome.steps, kept, strict=True)), tuple(shape)
+        )
 
-    def share(self, genome: Genome) -> float:
-        """MACs as a share of K uncut steps."""
-        return self.cost(genome) / (self.steps * self.macs)
+    def chosen(self, genome: Genome) -> tuple[Choice, ...]:
+        return tuple(site[pick - 1] for site, pick in zip(self.sites, genome.shape, strict=True) if pick)
+
+    def left(self, genome: Genome) -> tuple[str, ...]:
+        """The layers that no cut has taken: a step may skip these."""
+        lost = [a for choice in self.chosen(genome) for a in choice.lost]
+        return tuple(a for a in self.layers if not any(_within(a, b) for b in lost))
+
+    def cost(self, genome: Genome, name: str = "macs") -> float:
+        """Of all steps, per image."""
+        price = self.prices[name]
+        one = price.whole - sum(price.choices[choice.name] for choice in self.chosen(genome))
+        return price.beside + sum(
+            count * (one - sum(price.layers.get(a, 0.0) for a in step.skip))
+            for count, step in zip(self._counts, genome.steps, strict=True)
+        )
+
+    def share(self, genome: Genome, name: str = "macs") -> float:
+        """A cost as a share of that of K uncut steps."""
+        price = self.prices[name]
+        return self.cost(genome, name) / (price.beside + sum(self._counts) * price.whole)
+
+    def shares(self, genome: Genome) -> dict[str, float]:
+        """All costs as shares, rounded so that they read and compare well."""
+        return {name: round(self.share(genome, name), 9) for name in self.prices}
 
     def fits(self, genome: Genome) -> bool:
-        return self.share(genome) <= self.budget + 1e-9
+        """Whether every budget holds."""
+        return not self.broken(genome)
 
-    def cheapest(self) -> float:
-        """The smallest share of MACs that any plan can have."""
-        return 1 - sum(self.layers.values()) / self.macs
+    def broken(self, genome: Genome) -> dict[str, float]:
+        """The budgets that do not hold, and by how much."""
+        over = {name: self.share(genome, name) - most for name, most in self.budget.items()}
+        return {name: excess for name, excess in over.items() if excess > 1e-9}
+
+    def cheapest(self, name: str) -> Genome:
+        """The candidate that skips every layer and cuts what saves most of a cost. Its timesteps mean nothing."""
+        price = self.prices[name]
+        shape = []
+        for site in self.sites:
+            best = max(range(len(site)), key=lambda i: price.choices[site[i].name])
+            shape.append(best + 1 if price.choices[site[best].name] > 0 else 0)
+        times = [self.snap(self.high - i * self.grid) for i in range(self.steps)]
+        return self.consistent(Genome(tuple(Step(timestep=t, skip=self.layers) for t in times), tuple(shape)))
 
     def fill(self, genome: Genome, rng: random.Random) -> Genome:
-        """Skip further layers, drawn at random, until the budget holds."""
-        while not self.fits(genome):
-            open_ = [(i, a) for i, step in enumerate(genome) for a in self.layers if a not in step.skip]
-            i, address = rng.choice(open_)
-            genome = toggled(genome, i, address)
+        """Skip further layers and make further cuts, drawn at random among those that save something of a budget that does not
+        hold yet, until every budget holds or nothing is left to leave out."""
+        while broken := self.broken(genome):
+            ways = self._ways(genome, broken)
+            if not ways:
+                return genome
+            rng.shuffle(ways)
+            skips = [set(step.skip) for step in genome.steps]
+            for i, what in ways:  # skips, until a budget holds or a cut's turn has come: the ways are others then
+                if isinstance(what, int):
+                    genome = self.recut(_skipping(genome, skips), i, what)
+                    break
+                skips[i].add(what)
+                saved = self._counts[i] / sum(self._counts)
+                broken = {
+                    n: more - saved * self.prices[n].layers.get(what, 0.0) / self.prices[n].whole for n, more in broken.items()
+                }
+                if min(broken.values()) <= 1e-9:
+                    genome = _skipping(genome, skips)
+                    break
+            else:
+                genome = _skipping(genome, skips)
         return genome
 
-    def plan(self, genome: Genome) -> SamplingPlan:
-        return SamplingPlan(scheduler=self.scheduler, steps=genome)
+    def recut(self, genome: Genome, site: int, pick: int) -> Genome:
+        """The genome with another option at one site; skips of layers that are cut then go."""
+        shape = [*genome.shape]
+        shape[site] = pick
+        return self.consistent(Genome(genome.steps, tuple(shape)))
+
+    def candidate(self, genome: Genome) -> Candidate:
+        cuts = [cut for choice in self.chosen(genome) for cut in choice.cuts]
+        return Candidate(plan=SamplingPlan(scheduler=self.scheduler, steps=genome.steps), cuts=tuple(cuts))
+
+    def genome(self, candidate: Candidate) -> Genome | None:
+        """The genome of a candidate; None where this space does not hold its cuts."""
+        if candidate.plan is None:
+            return None
+        cuts, shape = set(candidate.cuts), []
+        for site in self.sites:
+            fitting = [i for i, choice in enumerate(site, 1) if cuts.issuperset(choice.cuts)]
+            shape.append(max(fitting, key=lambda i: len(site[i - 1].cuts), default=0))
+        found = self.consistent(Genome(candidate.plan.steps, tuple(shape)))
+        return found if set(self.candidate(found).cuts) == cuts else None
+
+    @property
+    def _counts(self) -> tuple[int, ...]:
+        return self.evaluations or (1,) * self.steps
+
+    def _ways(self, genome: Genome, names: Iterable[str]) -> list[tuple[int, str | int]]:
+        """All that saves some of these costs: (step, layer to skip) and (site, option that saves more than the present one)."""
+        layers = [a for a in self.left(genome) if any(self.prices[name].layers.get(a, 0) > 0 for name in names)]
+        ways: list[tuple[int, str | int]] = []
+        for i, step in enumerate(genome.steps):
+            skipped = set(step.skip)
+            ways += [(i, a) for a in layers if a not in skipped]
+        for k, site in enumerate(self.sites):
+            others = (
+                other[pick - 1].lost
+                for j, (other, pick) in enumerate(zip(self.sites, genome.shape, strict=True))
+                if pick and j != k
+            )
+            lost = [a for gone in others for a in gone]
+            now = site[genome.shape[k] - 1].name if genome.shape[k] else None
+            ways += [
+                (k, pick)
+                for pick, choice in enumerate(site, 1)
+                if self._saves(choice.name, now, names)
+                and not any(_within(a, b) or _within(b, a) for a in choice.lost for b in lost)
+            ]
+        return ways
+
+    def _saves(self, choice: str, now: str | None, names: Iterable[str]) -> bool:
+        """Whether a choice saves more than another (None: nothing cut) of one of these costs, and no less of any with a budget."""
+
+        def more(name: str) -> float:
+            return self.prices[name].choices[choice] - (self.prices[name].choices[now] if now else 0.0)
+
+        return any(more(name) > 0 for name in names) and all(more(name) >= 0 for name in self.budget)
 
 
 def toggled(genome: Genome, i: int, address: str) -> Genome:
     """The genome with one layer of step i skipped if it was not, executed if it was skipped."""
-    skip = set(genome[i].skip) ^ {address}
-    return (*genome[:i], genome[i].model_copy(update={"skip": tuple(sorted(skip))}), *genome[i + 1 :])
+    skip = set(genome.steps[i].skip) ^ {address}
+    step = genome.steps[i].model_copy(update={"skip": tuple(sorted(skip))})
+    return Genome((*genome.steps[:i], step, *genome.steps[i + 1 :]), genome.shape)
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a search method is asked for. It yields batches of Requests and receives their Trials; it never evaluates."""
-
-    space: Space
-    trials: int  # how many candidates may be proposed in all
-    seeds: Seeds  # common to all candidates (common random numbers)
-    objective: str  # metric name; Trial.value(objective) is a cost to minimise, infinite for failures
-    known: tuple[Trial, ...] = ()  # the fixed schedules, scored already on the same seeds: free parents
-
-    def request(self, genome: Genome, origin: str) -> Request:
-        return Request(candidate=Candidate(plan=self.space.plan(genome)), seeds=self.seeds, origin=origin)
+def _skipping(genome: Genome, skips: Sequence[set[str]]) -> Genome:
+    """The genome with these skips."""
+    steps = (s.model_copy(update={"skip": tuple(sorted(skip))}) for s, skip in zip(genome.steps, skips, strict=True))
+    return Genome(tuple(steps), genome.shape)
 
 
-class Fresh:
-    """Remembers what was proposed, so that a method spends its trials on new candidates only."""
-
-    def __init__(self) -> None:
-        self._seen: set[Genome] = set()
-
-    def knows(self, genome: Genome) -> bool:
-        return genome in self._seen
-
-    def take(self, genome: Genome) -> bool:
-        """True the first time; permutations and duplicated genes never get here, genomes are sorted sets."""
-        if genome in self._seen:
-            return False
-        self._seen.add(genome)
-        return True
+def _within(address: str, other: str) -> bool:
+    return address == other or address.startswith(other + ".")

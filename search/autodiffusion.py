@@ -10,17 +10,24 @@ What differs from the authors' released loop, and why (numbers in docs/methods.m
 - Mutation moves a timestep between its neighbours half of the time; the paper only jumps anywhere.
 - Some mutations of stage 2 switch one layer in all steps: one that a step can do without, the others often can too.
 - Skip mutation really changes the skips, and the budget, in MACs instead of a count of layers, holds after every operator.
+- Where cuts of the model are searched too (not in the paper), stage 2 varies them: another option at one site.
 """
 
 import random
 from collections.abc import Generator, Iterable
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..core.candidate import Request, Step
+from ..core.candidate import Request
 from ..core.measurement import Trial
-from ._space import Fresh, Genome, Space, Task, toggled
+from ._operators import cross, mutate
+from ._space import Genome, Space
+from ._task import Fresh, Task
+
+several = False
+varies = frozenset({"timesteps", "skips", "cuts"})
 
 
 class Config(BaseModel):
@@ -37,135 +44,83 @@ class Config(BaseModel):
     jump: float = Field(default=0.3, ge=0, le=1)  # share of timestep mutations that jump anywhere; the paper's all do
     stage_one: float = Field(default=0.4, ge=0, le=1)  # share of the trials spent on timesteps alone
     throughout: float = Field(default=0.4, ge=0, le=1)  # share of stage 2 mutations that switch one layer in all steps at once
+    recut: float = Field(default=0.3, ge=0, le=1)  # share of stage 2 mutations that cut the model in another way, if at all
     skipped: float = Field(default=0.1, ge=0, le=1)  # share of a step's layers that a fresh skip set may hold; paper: 0.1
 
 
-class _Individual(list[Step]):
+@dataclass(frozen=True)
+class _Individual:
     """A genome with the fitness that DEAP's archive ranks by: more is better."""
 
-    def __init__(self, genome: Genome, cost: float) -> None:
-        super().__init__(genome)
-        self.fitness = -cost
+    genome: Genome
+    fitness: float = field(compare=False)
 
 
 def search(task: Task, config: Config, rng: random.Random) -> Generator[list[Request], list[Trial], None]:
     """Yield generations of requests, breed from the archive of the best."""
     from deap import base, tools  # here, because `lissom search autodiffusion --help` reads this file too
 
-    space, fresh, left = task.space, Fresh(), task.trials
-    last_of_stage_one = round(config.stage_one * task.trials) if space.layers else task.trials
+    space, fresh = task.space, Fresh()
+    more = bool(space.layers or space.sites)  # there is something for stage 2 to vary
+    last_of_stage_one = round(config.stage_one * task.trials) if more else task.trials
     archive = tools.HallOfFame(config.parents)
-    skipping = False  # stage 2: layers too
+    second = False  # stage 2: layers and cuts too
 
     toolbox = base.Toolbox()
     toolbox.register("mate", cross, space=space, rng=rng)
     toolbox.register("mutate", mutate, space=space, config=config, rng=rng)
 
     # Initial population (Sec. 3.4): the uniform schedules (scored already), mutants of them, and random candidates.
-    _keep(archive, task.known, task.objective)
-    uniform = [tuple(parent) for parent in archive]
+    _keep(archive, task, task.known)
+    uniform = [parent.genome for parent in archive]
     for genome in uniform:
         fresh.take(genome)
-    start: list[tuple[str, Genome]] = []
-    while len(start) < config.population:
-        if uniform and len(start) % 2 == 0:
-            start.append(("mutant of uniform", toolbox.mutate(rng.choice(uniform), skipping=False)))
+    batch = task.opening(fresh)
+    left = task.trials - len(batch)
+    proposals: list[tuple[str, Genome]] = []
+    while len(proposals) < max(config.population - len(batch), config.population // 2):
+        if uniform and len(proposals) % 2 == 0:
+            proposals.append(("mutant of uniform", toolbox.mutate(rng.choice(uniform), second=False)))
         else:
-            start.append(("random", space.random_times(rng)))
-    proposals = start
-    while left > 0:
-        if not skipping and space.layers and task.trials - left >= last_of_stage_one:
-            skipping = True
-            if not all(space.fits(tuple(parent)) for parent in archive):
-                # The winners of stage 1 run every layer and break the budget: their filled copies found stage 2.
-                elites = [tuple(parent) for parent in archive]
-                archive.clear()
-                proposals = [("fill", space.fill(elite, rng)) for elite in elites]
-            else:
-                proposals = _breed(archive, toolbox, space, config, rng, skipping, fresh)
-        batch: list[Request] = []
-        limit = left if skipping else min(left, max(last_of_stage_one - (task.trials - left), 1))
-        for origin, genome in proposals:
-            if len(batch) < limit and fresh.take(genome):
-                batch.append(task.request(genome, origin))
+            proposals.append(("random", space.random_times(rng)))
+    while True:
+        if left and not second and more and task.trials - left >= last_of_stage_one:
+            second = True
+            proposals = _filled(archive, space, rng) or _breed(archive, toolbox, space, config, rng, second, fresh)
+        room = left if second or not more else min(left, max(last_of_stage_one - (task.trials - left), 1))
+        new = [(origin, genome) for origin, genome in proposals if fresh.take(genome)][:room]
+        batch += [task.request(genome, origin) for origin, genome in new]
         if not batch:
-            return  # nothing new can be found: the space is exhausted
-        left -= len(batch)
+            return  # all trials are spent, or nothing new can be found: the space is exhausted
+        left -= len(new)
         trials = yield batch
-        _keep(archive, trials, task.objective)
-        proposals = _breed(archive, toolbox, space, config, rng, skipping, fresh)
+        _keep(archive, task, trials)
+        batch = []
+        proposals = _breed(archive, toolbox, space, config, rng, second, fresh) if left else []
 
 
-def _keep(archive: Any, trials: Iterable[Trial], objective: str) -> None:
-    for trial in trials:
-        if trial.state == "complete" and trial.request.candidate.plan is not None:
-            archive.update([_Individual(trial.request.candidate.plan.steps, trial.value(objective))])
+def _keep(archive: Any, task: Task, trials: Iterable[Trial]) -> None:
+    archive.update([_Individual(genome, -values[0]) for genome, values in task.scored(trials)])
 
 
-def mutate(genome: Genome, *, space: Space, config: Config, rng: random.Random, skipping: bool) -> Genome:
-    """Change each gene with probability `mutation`, at least one of them: its timestep, or (stage 2) its skips.
-
-    In stage 2, `throughout` of the mutations switch one layer instead: on in all steps if no step runs it, else off in all.
-    """
-    if skipping and rng.random() < config.throughout:
-        return space.fill(_switched(genome, rng.choice(sorted(space.layers))), rng)
-    chosen = [i for i in range(len(genome)) if rng.random() < config.mutation] or [rng.randrange(len(genome))]
-    genes = list(genome)
-    for i in chosen:
-        if skipping and rng.random() < 0.5:
-            genes[i] = _skips_mutated(genes[i], space, config, rng)
-        elif rng.random() < config.jump:
-            genes[i] = genes[i].model_copy(update={"timestep": space.draw(rng)})  # the paper's mutation
-        else:
-            upper = genes[i - 1].timestep if i else space.high + space.grid
-            lower = genes[i + 1].timestep if i + 1 < len(genes) else space.low - space.grid
-            spread = max((upper - lower) / 6, space.grid)
-            genes[i] = genes[i].model_copy(update={"timestep": space.snap(rng.gauss(genes[i].timestep, spread))})
-    repaired = space.repair(genes, rng)
-    return space.fill(repaired, rng) if skipping else repaired
-
-
-def cross(one: Genome, two: Genome, *, space: Space, rng: random.Random, skipping: bool) -> Genome:
-    """Union crossover: timesteps that both parents have stay, the rest of K is drawn from the others' steps."""
-    common = {step.timestep for step in one} & {step.timestep for step in two}
-    genes = [rng.choice([s for s in (*one, *two) if s.timestep == t]) for t in sorted(common)]
-    rest = [s for s in (*one, *two) if s.timestep not in common]
-    genes += rng.sample(rest, space.steps - len(genes))
-    child = space.repair(genes, rng)
-    return space.fill(child, rng) if skipping else child
-
-
-def _switched(genome: Genome, layer: str) -> Genome:
-    """The genome with one layer off in all steps, or on in all if none runs it."""
-    off = not all(layer in step.skip for step in genome)
-    skips = [set(step.skip) | {layer} if off else set(step.skip) - {layer} for step in genome]
-    return tuple(s.model_copy(update={"skip": tuple(sorted(skip))}) for s, skip in zip(genome, skips, strict=True))
-
-
-def _skips_mutated(step: Step, space: Space, config: Config, rng: random.Random) -> Step:
-    """A fresh skip set for a step that skips nothing (Sec. 3.3), else one layer more, one fewer, or one exchanged."""
-    layers = sorted(space.layers)
-    if not step.skip:
-        most = max(1, round(config.skipped * len(layers)))
-        return step.model_copy(update={"skip": tuple(sorted(rng.sample(layers, rng.randint(1, most))))})
-    one: Genome = (step,)
-    kind = rng.choice(("more", "fewer", "exchange"))
-    if kind != "more":
-        one = toggled(one, 0, rng.choice(step.skip))
-    if kind != "fewer" and (unused := [a for a in layers if a not in step.skip]):
-        one = toggled(one, 0, rng.choice(unused))
-    return one[0]
+def _filled(archive: Any, space: Space, rng: random.Random) -> list[tuple[str, Genome]]:
+    """Winners of stage 1 that break the budget, since they run every layer, leave the archive: filled copies found stage 2."""
+    kept = [parent for parent in archive if space.fits(parent.genome)]
+    over = [parent for parent in archive if not space.fits(parent.genome)]
+    archive.clear()
+    archive.update(kept)
+    return [("fill", space.fill(parent.genome, rng)) for parent in over]
 
 
 def _breed(
-    archive: Any, toolbox: Any, space: Space, config: Config, rng: random.Random, skipping: bool, fresh: Fresh
+    archive: Any, toolbox: Any, space: Space, config: Config, rng: random.Random, second: bool, fresh: Fresh
 ) -> list[tuple[str, Genome]]:
     """New candidates for one generation."""
-    parents = [tuple(p) for p in archive]
+    parents = [parent.genome for parent in archive]
 
     def random_one() -> Genome:
         genome = space.random_times(rng)
-        return space.fill(genome, rng) if skipping else genome
+        return space.fill(genome, rng) if second else genome
 
     if not parents:  # everything failed so far
         return [("random", random_one()) for _ in range(config.population)]
@@ -180,9 +135,9 @@ def _breed(
                 made.append((origin, genome))
                 done += 1
 
-    add("mutation", mutants, lambda: toolbox.mutate(rng.choice(parents), skipping=skipping))
-    add("crossover", children, lambda: toolbox.mate(rng.choice(parents), rng.choice(parents), skipping=skipping))
-    if skipping:  # random timesteps would give away what stage 1 has found
-        add("mutation", config.population - len(made), lambda: toolbox.mutate(rng.choice(parents), skipping=True))
+    add("mutation", mutants, lambda: toolbox.mutate(rng.choice(parents), second=second))
+    add("crossover", children, lambda: toolbox.mate(rng.choice(parents), rng.choice(parents), second=second))
+    if second:  # random timesteps would give away what stage 1 has found
+        add("mutation", config.population - len(made), lambda: toolbox.mutate(rng.choice(parents), second=True))
     add("random", config.population - len(made), random_one)
     return made

@@ -12,7 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.candidate import Request
 from ..core.measurement import Trial
-from ._space import Fresh, Task
+from ._operators import tightened
+from ._task import Fresh, Task
+
+several = True
+varies = frozenset({"timesteps", "skips", "cuts"})
 
 
 class Config(BaseModel):
@@ -25,17 +29,21 @@ class Config(BaseModel):
 
 
 def search(task: Task, config: Config, rng: random.Random) -> Generator[list[Request], list[Trial], None]:
-    """Draw K timesteps uniformly without replacement; where there is a budget, skip random layers until it holds."""
+    """Draw K timesteps uniformly without replacement; where there is a budget, leave out random layers until it holds.
+
+    Where a cost is an objective, its budget is drawn too, between the least possible and the budget that is given.
+    """
     fresh, left = Fresh(), task.trials
+    batch = task.opening(fresh)
     while left > 0:
-        batch: list[Request] = []
         for _ in range(100 * config.batch):  # a tiny space (K near N) may hold fewer plans than asked
-            if len(batch) == min(config.batch, left):
+            if len(batch) >= min(config.batch, left):
                 break
-            genome = task.space.fill(task.space.random_times(rng), rng)
-            if fresh.take(genome):
+            genome = tightened(task, rng).fill(task.space.random_times(rng), rng)
+            if task.space.fits(genome) and fresh.take(genome):
                 batch.append(task.request(genome, "random"))
         if not batch:
             return
         left -= len(batch)
         yield batch
+        batch = []

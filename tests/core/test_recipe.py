@@ -94,7 +94,7 @@ seed: 4
         ("lissom: 1\nmodel: m\n1: 2\nstages: [{search: random_search}]", 1, "keys should be strings"),
         ("lissom: 1\nmodel: m\nstages:\n- {search: random_search, space: [skips]}", 4, "space must contain timesteps"),
         ("lissom: 1\nmodel: m\nstages:\n- {search: random_search, budget: {macs: 0}}", 4, "above 0 and at most 1"),
-        ("lissom: 1\nmodel: m\nstages:\n- {search: random_search, budget: {params: 0.5}}", 4, "should be 'macs'"),
+        ("lissom: 1\nmodel: m\nstages:\n- {search: random_search, budget: {flops: 0.5}}", 4, "should be 'macs'"),
         ("lissom: 1\nmodel: m\nstages:\n- {search: random_search, settings: {batch: 3}}", 4, "settings: unknown key"),
     ],
 )

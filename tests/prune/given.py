@@ -8,7 +8,7 @@ from typing import Any
 
 from lissom.core import blueprints, models, stock, surgery
 from lissom.core.candidate import Cut
-from lissom.core.recipe import PruneStage
+from lissom.core.stages import PruneStage
 from lissom.prune._task import Option, Space, Task, enough
 from lissom.tests.core import tiny
 from lissom.workflow._gauge import Gauge

@@ -1,0 +1,115 @@
+"""What the stages of a recipe say: one frozen model for each verb. A method's own settings stand beside these keys."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from .candidate import Data
+
+COSTS = ("macs", "latency", "params")  # what a candidate costs, known before it is scored: shares of the uncut K-step run
+
+
+class SearchStage(Data):
+    """Search a sampling plan and cuts: `{search: METHOD, steps: K, …}`. The method's own settings stand beside these keys."""
+
+    search: str  # a file in search/, or a module of your own (mylab.search.mine)
+    steps: int = Field(default=4, ge=1)  # K: solver steps of the plan
+    trials: int = Field(default=120, ge=1)  # candidates scored, baselines and re-scores excluded
+    samples: int = Field(default=256, ge=4)  # images per candidate, the same seeds for all
+    # What is searched: a metric, or several metrics and costs (macs, latency, params), the one that matters most first.
+    objective: tuple[str, ...] = Field(default=("fid",), min_length=1)
+    budget: dict[Literal["macs", "latency", "params"], float] = Field(
+        default_factory=dict
+    )  # at most this share of the uncut run
+    # What is varied: timesteps, layers that single steps skip, cuts of single layers, the slim U-Nets' grammar of stages.
+    space: tuple[Literal["timesteps", "skips", "cuts", "slim"], ...] = Field(default=("timesteps", "skips"), min_length=1)
+    scheduler: str | None = None  # a diffusers scheduler class to use instead of the model's own
+    rescore: int = Field(default=8, ge=1)  # elites scored again on fresh seeds before a winner is named
+    rescore_samples: int = Field(default=1024, ge=4)
+    pick: int | None = Field(default=None, ge=1)  # of the elites, or of the front of several objectives, which is exported
+    warm_start: str | None = None  # folder of another search, whose best plans open this one
+    seeded_by: str | None = "laptop"  # prune method whose choices open a search of cuts; null for none
+    calibration: int = Field(default=64, ge=1)  # images whose denoiser calls that method's losses are measured on
+    latency_batch: int = Field(default=1, ge=1)  # images in a call, where latency counts
+    # Images at which candidates are compared; the best part of them goes on to the next number, the last is `samples`.
+    fidelity: tuple[Annotated[int, Field(ge=4)], ...] = ()
+    screen: float | None = Field(default=None, gt=0, lt=1)  # share of the candidates that passes by teacher-trajectory error
+    control: bool = False  # correct values by what the best fixed schedule does on the same seeds (control variate)
+    settings: dict[str, Any] = Field(default_factory=dict)  # the method's Config, validated
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _several(cls, objective: Any) -> Any:
+        return (objective,) if isinstance(objective, str) else objective
+
+    @model_validator(mode="after")
+    def _sensible(self) -> "SearchStage":
+        for name, share in self.budget.items():
+            if not 0 < share <= 1:
+                raise ValueError(f"budget {name}={share:g}: must be above 0 and at most 1, a share of the uncut run")
+        if "timesteps" not in self.space:
+            raise ValueError("space must contain timesteps")
+        if len(set(self.objective)) < len(self.objective):
+            raise ValueError(f"objective {', '.join(self.objective)}: names one twice")
+        if self.objective[0] in COSTS:
+            raise ValueError(
+                f"objective {self.objective[0]}: a cost alone is least for a model that does nothing. Name a metric first"
+            )
+        if list(self.fidelity) != sorted(set(self.fidelity)) or (self.fidelity and self.fidelity[-1] != self.samples):
+            raise ValueError(
+                f"fidelity {list(self.fidelity)}: numbers of images that ascend, the last equal to samples ({self.samples})"
+            )
+        return self
+
+    @property
+    def method(self) -> str:
+        return self.search
+
+    @property
+    def cutting(self) -> bool:
+        """Whether the model itself is varied."""
+        return "cuts" in self.space or "slim" in self.space
+
+
+KEEP = 0.7  # share that is left where none is given
+
+
+class PruneStage(Data):
+    """Make the model smaller: `{prune: METHOD, keep: R, …}`. The method's own settings stand beside these keys."""
+
+    prune: str  # a file in prune/, or a module of your own (mylab.prune.mine)
+    keep: float | None = None  # share of the cost that is left at most [0.7]; methods that bring a structure take none
+    of: Literal["params", "macs", "latency"] = "params"  # what `keep` is a share of: of all denoisers of the pipeline
+    calibration: int = Field(default=64, ge=1)  # images whose denoiser calls the losses are measured on
+    times: int = Field(default=8, ge=1)  # noise levels that these calls are spread over
+    data: str | None = None  # image folder or zip to take them from; teacher (the model's own trajectories) by default
+    units: tuple[str, ...] = ()  # kinds of layers that may be cut; resnet, attention and transformer_block by default
+    shortcuts: bool = True  # ResNets that change the number of channels may go too: their trained 1x1 shortcut stays
+    include: tuple[str, ...] = ()  # patterns of addresses (up_blocks.*): only these layers may be cut
+    exclude: tuple[str, ...] = ()  # patterns of addresses: these layers may not be cut
+    require_plain_load: bool = False  # only cuts that a stock config expresses: no trust_remote_code is ever needed
+    measure: bool = True  # score the model before and after, where there are prompts and features
+    steps: int | None = Field(default=None, ge=1)  # solver steps of the images that are scored; the pipeline's default
+    latency_batches: tuple[Annotated[int, Field(ge=1)], ...] = (
+        1,
+        64,
+    )  # batches at which one call of the denoiser is timed; [] for none
+    save_dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of the saved weights; the parent's by default
+    variant: str | None = Field(default=None, pattern=r"^\w+$")  # in the names of the weight files, e.g. fp16
+    shard_size: str = Field(default="5GB", pattern=r"^\d+(MB|GB)$")  # of a weight file at most
+    settings: dict[str, Any] = Field(default_factory=dict)  # the method's Config, validated
+
+    @model_validator(mode="after")
+    def _sensible(self) -> "PruneStage":
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise ValueError(f"keep={self.keep:g}: must be above 0 and at most 1, the share of the {self.of} that is left")
+        return self
+
+    @property
+    def method(self) -> str:
+        return self.prune
+
+    @property
+    def share(self) -> float:
+        """`keep`, or its default."""
+        return KEEP if self.keep is None else self.keep
