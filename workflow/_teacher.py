@@ -43,7 +43,7 @@ def taught(
     evaluate, seed, progress = teacher.context.recipe.evaluate, teacher.context.recipe.seed, teacher.context.progress
     count = evaluate.samples
     seeds = Seeds(role="calibrate", base=seed, count=count, start=0 if role == "search" else count)
-    function = _function(teacher, evaluate.teacher_steps, seeds)
+    function = function_of(teacher, evaluate.teacher_steps, seeds)
     model = teacher.model
     source = (
         f"teacher: {model.ref}, {evaluate.teacher_steps} steps, seeds calibrate/{seed}/{seeds.start}+{count}, weights "
@@ -69,7 +69,7 @@ def taught(
     return found
 
 
-def _function(teacher: Teacher, steps: int, seeds: Seeds) -> str:
+def function_of(teacher: Teacher, steps: int, seeds: Seeds) -> str:
     """A hash of all that its images are a function of; device and data type only move their last digits."""
     call = {key: repr(value) for key, value in teacher.sampler.call.items()}
     scheduler = Scheduler.of(teacher.model.pipe.scheduler).plain()

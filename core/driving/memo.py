@@ -13,13 +13,25 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .memo_files import Files
 from .steering import Call, Next
 
 GIB = 2**30
 
-# Solvers whose state before step i does not depend on how many steps follow. Others look ahead: a multistep solver lowers
-# its order near the end of the list.
-BLIND_TO_LENGTH = {"DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"}
+# Solvers whose state before step i does not depend on how many steps follow. Others look ahead: DPM-Solver++, UniPC and DEIS
+# lower their order near the end of the list.
+BLIND_TO_LENGTH = {
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+}
 
 # What ControlNets add to a denoiser's arguments: they act in windows that are fractions of the number of steps.
 CONTROLS = ("mid_block_additional_residual", "controlnet_block_samples", "block_controlnet_hidden_states")
@@ -34,8 +46,9 @@ class Memo:
     it belongs in the context. Tensors that several results share (the text embeddings of every step) are kept and counted once.
     """
 
-    def __init__(self, limit: int = 2 * GIB) -> None:
-        self.limit = limit
+    def __init__(self, limit: int = 2 * GIB, files: Files | None = None) -> None:
+        """files: where results are looked up and left that other processes may share. The context must then name the weights."""
+        self.limit, self.files = limit, files
         self.bytes = 0
         self._entries: OrderedDict[Any, tuple[Value, Value]] = OrderedDict()
         self._owners: Counter[int] = Counter()  # id of a kept tensor -> entries that hold it
@@ -102,22 +115,32 @@ class Remember:
         if torch.is_grad_enabled() or getattr(call.module, "is_cache_enabled", False):
             return following(call)
         key, inputs = self._key(call), (call.args, call.kwargs)
-        output = self.memo.get(key, inputs)
+        memory_key, memo = (weakref.ref(call.module), *key), self.memo
+        output = memo.get(memory_key, inputs)
         if output is not None:
             call.run.served += 1
             return output
+        name = memo.files.name(key, inputs, call.module) if memo.files else None
+        output = memo.files.get(name, _device(inputs)) if memo.files and name else None
+        if output is not None:
+            call.run.served += 1
+            memo.put(memory_key, inputs, output)
+            return output
         output = following(call)
-        self.memo.put(key, inputs, output)
+        memo.put(memory_key, inputs, output)
+        if memo.files and name:
+            memo.files.put(name, output)
         return output
 
     def _key(self, call: Call) -> tuple[Any, ...]:
+        """All that a result depends on beside its inputs and the module, as plain data."""
         run = call.run
         assert run.plan is not None
         scheduler = run.plan.scheduler
         controlled = any(call.kwargs.get(name) is not None for name in CONTROLS)
         length = len(run.plan.steps) if controlled or scheduler.name not in BLIND_TO_LENGTH else None
-        whose = weakref.ref(call.module)
-        return self.context, scheduler.canonical(), run.prefix(), run.evals, call.name, whose, run.ordinal, length
+        at = run.evals, run.times[run.evals]  # the timestep may be that of the next step, which the prefix leaves open
+        return self.context, scheduler.canonical(), run.prefix(), at, call.name, run.ordinal, length
 
 
 def _equal(kept: Value, value: Any) -> bool:
@@ -129,6 +152,11 @@ def _same(a: Any, b: Any) -> bool:
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))
     return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+def _device(inputs: Any) -> torch.device:
+    """Where a call is computed: where its first tensor is, the noisy sample."""
+    return next((leaf.device for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)), torch.device("cpu"))
 
 
 def _copy(leaf: Any) -> Any:

@@ -5,9 +5,22 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from lissom.core.candidate import SamplingPlan, Scheduler, Step
 from lissom.core.driving import Memo, Run, follow
+from lissom.core.driving.memo import BLIND_TO_LENGTH
 from lissom.tests.core import tiny
 
 FIRST = (901.0, 640.0, 333.0, 120.0, 17.0)
@@ -34,21 +47,35 @@ CASES: dict[str, tuple[str, Any]] = {
     "sd euler": ("sd", EulerDiscreteScheduler(**tiny.SD_BETAS)),
     "sd dpm++ 2M": ("sd", DPMSolverMultistepScheduler(**tiny.SD_BETAS)),
     "sd dpm++ sde": ("sd", DPMSolverMultistepScheduler(**tiny.SD_BETAS, algorithm_type="sde-dpmsolver++")),
+    "sd plms": ("sd", PNDMScheduler(**tiny.SD_BETAS, skip_prk_steps=True, steps_offset=1)),
+    "sd heun": ("sd", HeunDiscreteScheduler(**tiny.SD_BETAS)),
+    "sd unipc": ("sd", UniPCMultistepScheduler(**tiny.SD_BETAS)),
+    "sd deis": ("sd", DEISMultistepScheduler(**tiny.SD_BETAS)),
+    "sd lms": ("sd", LMSDiscreteScheduler(**tiny.SD_BETAS)),
+    "sd euler ancestral": ("sd", EulerAncestralDiscreteScheduler(**tiny.SD_BETAS)),
+    "sd lcm": ("sd", LCMScheduler(**tiny.SD_BETAS)),
+    "sd ddpm": ("sd", DDPMScheduler(**tiny.SD_BETAS, clip_sample=False)),
+    "dit plms": ("dit", PNDMScheduler(skip_prk_steps=True)),
+    "sd3 heun": ("sd3", FlowMatchHeunDiscreteScheduler()),
+    "sd3 unipc": ("sd3", UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")),
 }
+# Of the second plan: denoiser calls in all, and those at the three leading timesteps, which it has in common with the first.
+CALLS = {PNDMScheduler: (6, 4), HeunDiscreteScheduler: (9, 5), FlowMatchHeunDiscreteScheduler: (9, 5)}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_warm_equals_cold(case: str) -> None:
     family, scheduler = CASES[case]
     scheduler = scheduler or tiny.shared(family).scheduler
+    total, shared = CALLS.get(type(scheduler), (5, 3))
     cold, memo = run(family, plan(scheduler, SECOND)), Memo()
-    assert (cold.calls, cold.served) == (5, 0)
+    assert (cold.calls, cold.served) == (total, 0)
     run(family, plan(scheduler, FIRST), memo)
     warm = run(family, plan(scheduler, SECOND), memo)
-    assert (warm.calls, warm.served) == (2, 3)
+    assert (warm.calls, warm.served) == (total - shared, shared)
     assert torch.equal(warm.last, cold.last)
     again = run(family, plan(scheduler, SECOND), memo)
-    assert (again.calls, again.served) == (0, 5) and torch.equal(again.last, cold.last)
+    assert (again.calls, again.served) == (0, total) and torch.equal(again.last, cold.last)
 
 
 @pytest.mark.parametrize("family", SKIPS)
@@ -64,11 +91,25 @@ def test_skips_are_part_of_the_prefix(family: str) -> None:
 
 def test_length_matters_only_to_solvers_that_look_ahead() -> None:
     longer = (*FIRST, 9.0, 4.0)
-    for scheduler, served in ((tiny.shared("sd").scheduler, 5), (DPMSolverMultistepScheduler(solver_order=3), 0)):
-        cold, memo = run("sd", plan(scheduler, longer)), Memo()
-        run("sd", plan(scheduler, FIRST), memo)
-        warm = run("sd", plan(scheduler, longer), memo)
-        assert warm.served == served and torch.equal(warm.last, cold.last)
+    for family, scheduler in CASES.values():
+        scheduler = scheduler or tiny.shared(family).scheduler
+        blind = type(scheduler).__name__ in BLIND_TO_LENGTH
+        assert blind == (type(scheduler) not in (DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler))
+        cold, memo = run(family, plan(scheduler, longer)), Memo()
+        first = run(family, plan(scheduler, FIRST), memo)
+        warm = run(family, plan(scheduler, longer), memo)
+        assert warm.served == (first.calls if blind else 0) and torch.equal(warm.last, cold.last)
+
+
+@pytest.mark.parametrize("scheduler", [PNDMScheduler(skip_prk_steps=True), HeunDiscreteScheduler()], ids=["plms", "heun"])
+def test_a_second_call_is_found_by_the_timestep_it_is_made_at(scheduler: Any) -> None:
+    """Plans that differ in their second step: the correction of the first is another one, and never the stored one."""
+    layer, memo = SKIPS["sd"], Memo()
+    other = (901.0, 500.0, 333.0)
+    run("sd", plan(scheduler, (901.0, 640.0, 333.0)), memo)
+    for times, skips, served in ((other, {}, 1), (other, {1: layer}, 2), (other, {0: layer}, 0)):
+        cold, warm = run("sd", plan(scheduler, times, skips)), run("sd", plan(scheduler, times, skips), memo)
+        assert torch.equal(warm.last, cold.last) and warm.served == served
 
 
 def test_other_inputs_under_the_same_key_are_a_miss() -> None:
