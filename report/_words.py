@@ -1,45 +1,22 @@
-"""What the report says, whatever it is drawn in: the verdict, values with their intervals, rows of tables."""
+"""What the report says, whatever it is drawn in: values with their intervals, rows of tables, conditions, warnings.
+
+The verdict is in search_verdict.py, what can be picked in search_front.py, parts and cuts in search_parts.py.
+"""
 
 import math
 from collections import Counter
-from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from ..core.candidate import SamplingPlan
 from ..core.measurement import Measurement
 from .schema import Ratio, Row, Scored, SearchReport
 
-Outcome = Literal["better", "unclear", "worse", "unmeasured"]
 NOT_MEASURED = "not measured"
+COSTS = {"macs": "MACs", "latency": "latency (predicted)", "params": "parameters"}  # as they are printed, in this order
+RATIOS = {"macs": "MACs ratio", "latency": "latency ratio (predicted)", "params": "parameters ratio"}  # heading tables
+DROPPED = "dropped after fewer images"
 EQUAL = 0.001  # MACs ratios closer than this are called equal
-
-
-class Verdict(NamedTuple):
-    outcome: Outcome
-    sentence: str
-
-
-def verdict(report: SearchReport) -> Verdict:
-    """The whole result in one sentence. Only an interval that lies wholly above 1 counts as a gain."""
-    best, winner = best_fixed(report), report.winner
-    outcome = _outcome(report)
-    relative = winner.macs_ratio / best.macs_ratio
-    dearer = "costlier " if relative > 1 + EQUAL else ""  # said up front: it may not hide in a table
-    measured = find(winner, report.objective)
-    images = f", on {measured.n:,} unseen images" if measured else ""
-    figures = (
-        f"{dearer}searched {len(winner.plan.steps)}-step plan: {report.objective_label} {quoted(measured)} against "
-        f"{quoted(find(best, report.objective))} of the best fixed schedule ({best.name}), "
-        f"{ratio_words(report.ratio)}{images}, {_cost(relative)}."
-    )
-    lead = {
-        "better": "",
-        "unclear": "The search did not beat the best fixed schedule (the interval of the ratio includes 1); ",
-        "worse": "The search did not beat the best fixed schedule, it is worse; ",
-        "unmeasured": "Whether the search beat the best fixed schedule is not known (the ratio has no interval); ",
-    }[outcome]
-    sentence = lead + figures
-    return Verdict(outcome, sentence[0].upper() + sentence[1:])
 
 
 def direction(report: SearchReport) -> Literal["lower", "higher"]:
@@ -62,10 +39,11 @@ def find(scored: Scored, metric: str) -> Measurement | None:
 
 
 def metrics(report: SearchReport) -> list[Measurement]:
-    """One measurement per metric, the objective first: the columns of the table of results."""
+    """One measurement per metric, the objectives first: the columns of the table of results."""
     rows = (report.winner, *report.baselines)
     seen = {m.metric: m for scored in reversed(rows) for m in scored.measurements}
-    return sorted(seen.values(), key=lambda m: m.metric != report.objective)
+    order = {name: place for place, name in enumerate(report.objectives or (report.objective,))}
+    return sorted(seen.values(), key=lambda m: order.get(m.metric, len(order)))
 
 
 def heading(measured: Measurement) -> str:
@@ -110,14 +88,20 @@ def ratio_words(ratio: Ratio | None) -> str:
 
 def candidates(report: SearchReport) -> list[Row]:
     """What the search proposed: the rows without the fixed schedules, which are scored beside them."""
-    fixed = [baseline.plan for baseline in report.baselines]
-    return [row for row in report.candidates if row.plan not in fixed]
+    fixed = [(baseline.plan, baseline.cuts) for baseline in report.baselines]
+    return [row for row in report.candidates if (row.plan, row.cuts) not in fixed]
+
+
+def dropped(row: Row, report: SearchReport) -> bool:
+    """Whether the candidate was dropped after fewer images than the others: its value does not compare with theirs."""
+    return row.state == "complete" and 0 < row.samples < report.samples
 
 
 def ranked(report: SearchReport) -> list[Row]:
-    """Complete candidates, best objective first, on the search's own seeds."""
+    """Candidates with a value of all images, best objective first, on the search's own seeds."""
     sign = 1 if direction(report) == "lower" else -1
-    scored = [(sign * row.value, row.number, row) for row in candidates(report) if row.value is not None]
+    whole = [row for row in candidates(report) if not dropped(row, report)]
+    scored = [(sign * row.value, row.number, row) for row in whole if row.value is not None]
     return [row for *_, row in sorted(scored, key=lambda entry: entry[:2])]
 
 
@@ -151,9 +135,10 @@ def spent(report: SearchReport) -> list[tuple[str, str]]:
     """What the run cost, in words."""
     cost, proposed = report.spent, candidates(report)
     failed = sum(row.state == "failed" for row in proposed)
+    early = sum(dropped(row, report) for row in proposed)
     saved = f" ({1 - cost.calls / cost.plain_calls:.0%} saved by shared leading steps)" if cost.plain_calls else ""
     return [
-        ("candidates", f"{len(proposed):,} of {report.trials:,} asked" + (f", {failed:,} failed" if failed else "")),
+        ("candidates", f"{len(proposed):,} of {report.trials:,} asked" + _some(failed, "failed") + _some(early, DROPPED)),
         ("evaluations", f"{cost.evaluations:,} (images really made)"),
         ("denoiser calls", f"{cost.calls:,} executed; the plain loop takes {cost.plain_calls:,}{saved}"),
         ("time", f"{duration(cost.seconds)} over all sessions"),
@@ -170,13 +155,16 @@ def conditions(report: SearchReport) -> list[tuple[str, str]]:
         ("solver", f"{report.winner.plan.scheduler.name}, {report.steps} steps asked"),
         ("method", report.method + "".join(f", {key}={value}" for key, value in report.settings.items())),
         ("paper", report.paper),
-        ("objective", report.objective_label),
+        ("varied", ", ".join(report.space)),
+        ("objective", report.objective_label if len(report.objectives) < 2 else ""),
+        ("objectives", optimised(report) if len(report.objectives) > 1 else ""),
         ("budget", ", ".join(f"{key} <= {value:g}" for key, value in report.budget.items())),
-        ("images", f"{report.samples:,} per candidate in the search, {report.report_samples:,} in this report"),
+        ("images", f"{report.samples:,} per candidate in the search{_rungs(report)}, {report.report_samples:,} in this report"),
         ("seeds of the report", seed_block(measured)),
         ("seeds of the re-scoring", seed_block(report.winner.rescored)),
         *((f"reference ({role})", text) for role, text in report.reference.items()),
     ]
+    rows += report.conditions.items()
     if measured:
         rows += measured_under(measured)
     versions = {"lissom": report.lissom, **(measured.versions if measured else {}), **report.environment}
@@ -207,8 +195,10 @@ def seed_block(measured: Measurement | None) -> str:
 def warnings(report: SearchReport) -> list[str]:
     """The run's own warnings and those that follow from the figures."""
     found = list(report.warnings)
-    if not any(m.metric != report.objective for m in report.winner.measurements):
-        found.append("Only the metric that the search optimised was measured: a gain in it alone may be overfitting.")
+    searched = [m for m in report.winner.measurements if m.metric in (report.objective, *report.objectives)]
+    if len(searched) == len(report.winner.measurements):
+        which = "the metric that the search optimised was" if len(searched) < 2 else "metrics that the search optimised were"
+        found.append(f"Only {which} measured: a gain in {'it' if len(searched) < 2 else 'them'} alone may be overfitting.")
     failed = Counter(row.error or "no reason recorded" for row in report.candidates if row.state == "failed")
     found += [
         f"{count} of {len(report.candidates)} scorings of the search failed: {error}" for error, count in failed.most_common(3)
@@ -216,14 +206,64 @@ def warnings(report: SearchReport) -> list[str]:
     return found
 
 
-def _outcome(report: SearchReport) -> Outcome:
-    ratio = report.ratio
-    if ratio is None or ratio.low is None or ratio.high is None:
-        return "unmeasured"
-    return "better" if ratio.low > 1 else "worse" if ratio.high < 1 else "unclear"
+def cost(one: Scored | Row, name: str) -> float | None:
+    """A cost as a share of the uncut run."""
+    return one.macs_ratio if name == "macs" else one.costs.get(name)
 
 
-def _cost(relative: float) -> str:
-    if abs(relative - 1) <= EQUAL:
-        return "at equal MACs"
-    return f"at {relative:.2f} {'of' if relative < 1 else 'times'} the fixed schedule's MACs"
+def priced(report: SearchReport) -> list[str]:
+    """The costs besides MACs that have something to say: asked for, or not the same for all."""
+    everyone: list[Scored | Row] = [report.winner, *report.front, *report.baselines, *report.candidates]
+    found = []
+    for name in ("latency", "params"):
+        shares = [share for one in everyone if (share := cost(one, name)) is not None]
+        asked = name in report.objectives or name in report.budget
+        if shares and (asked or any(abs(share - 1) > EQUAL for share in shares)):
+            found.append(name)
+    return found
+
+
+def share(one: Scored | Row, name: str) -> str:
+    """A cost as it stands in a table."""
+    found = cost(one, name)
+    return "–" if found is None else f"{found:.3f}"
+
+
+def objective_name(report: SearchReport, name: str) -> str:
+    """An objective as it is printed: the label of a metric, the words for a cost."""
+    if name == report.objective:
+        return report.objective_label
+    everywhere = (report.winner, *report.front, *report.baselines)
+    found = next((m for scored in everywhere if (m := find(scored, name))), None)
+    return found.label if found else COSTS.get(name, name)
+
+
+def optimised(report: SearchReport) -> str:
+    """What the search optimised, in words: 'FD[zoo:judge] and latency (predicted)'."""
+    return listed([objective_name(report, name) for name in report.objectives or (report.objective,)])
+
+
+def listed(parts: Sequence[str]) -> str:
+    """
+    >>> listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])
+    ('a', 'a and b', 'a, b and c')
+    """
+    return " and ".join(parts) if len(parts) < 3 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def counted(n: int, noun: str) -> str:
+    """
+    >>> counted(1, "cut"), counted(1200, "cut")
+    ('1 cut', '1,200 cuts')
+    """
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def _some(number: int, what: str) -> str:
+    return f", {number:,} {what}" if number else ""
+
+
+def _rungs(report: SearchReport) -> str:
+    """The smaller numbers of images after which candidates were dropped."""
+    rungs = sorted({row.samples for row in report.candidates if dropped(row, report)})
+    return f" (those dropped earlier: {listed([f'{n:,}' for n in rungs])})" if rungs else ""

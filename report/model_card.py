@@ -4,9 +4,11 @@ import json
 import re
 from collections.abc import Mapping
 
+from . import _words, search_verdict
 from . import prune_words as words
 from ._gfm import facts, fence, line, table
 from .prune_schema import PruneReport
+from .schema import SearchReport
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -37,14 +39,32 @@ def render(report: PruneReport, license_: Mapping[str, str], *, origin: str) -> 
     return "\n\n".join(sections) + "\n"
 
 
-def _origin(report: PruneReport) -> str:
+def searched(report: SearchReport, license_: Mapping[str, str], *, origin: str) -> str:
+    """The card of a model that a search has cut; see `render`."""
+    parent = report.model.partition("@")[0]
+    sections = [
+        _metadata(report, license_, origin),
+        f"# {line(parent.rstrip('/').rpartition('/')[2])}, cut by a search ({report.method})",
+        line(search_verdict.verdict(report).sentence),
+        *([f"> [!WARNING]\n> **{line(search_verdict.not_plain(report))}**"] if report.opens == "remote_code" else []),
+        fence("python", report.open_with),
+        _origin(report),
+        "It was searched together with `plan.json`, the sampling plan beside this file: other schedules were not measured with it.",
+        *facts("Conditions", _words.conditions(report)),
+        "## Licence",
+        _licence(report, license_),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _origin(report: PruneReport | SearchReport) -> str:
     return (
         f"Made from `{line(report.model)}` (weights {report.model_hash[:16]}) by lissom {report.lissom}, without any training. "
         "`lissom.json` holds the cuts, the old and new names of modules (for LoRA and ControlNet), and all measurements."
     )
 
 
-def _metadata(report: PruneReport, license_: Mapping[str, str], origin: str) -> str:
+def _metadata(report: PruneReport | SearchReport, license_: Mapping[str, str], origin: str) -> str:
     """The YAML on top. JSON strings are YAML strings: no text can break out of it."""
     rows = [(key, json.dumps(value)) for key, value in license_.items()]
     base = origin.partition("@")[0]
@@ -67,7 +87,7 @@ def _recipe(report: PruneReport) -> dict[str, object]:
     return {"lissom": 1, "model": report.model, "seed": report.seed, "stages": [{**report.stage, **report.settings}]}
 
 
-def _licence(report: PruneReport, license_: Mapping[str, str]) -> str:
+def _licence(report: PruneReport | SearchReport, license_: Mapping[str, str]) -> str:
     if not license_:
         return f"No licence was found with the parent. Whatever holds for `{line(report.model)}` holds for this model."
     said = ", ".join(line(value) for value in license_.values())

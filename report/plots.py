@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from . import _words
+from . import _words, search_front
 from ._canvas import DOT, FIXED, INK, SEARCHED, SURFACE, legend, log_where_wide, new_figure, new_rows, to_svg
 from .schema import Row, Scored, SearchReport
 
@@ -20,43 +20,84 @@ MARKS = ("s", "D", "^", "v", "P", "p", "h", "d")  # one per baseline
 
 
 def tradeoff(report: SearchReport) -> str:
-    """Objective against MACs ratio, all on the search's seeds. Equal MACs everywhere give one row of dots per schedule."""
-    rows = _words.ranked(report)
-    if equal_macs(report):
+    """Objective against what it is traded for (MACs, where nothing else was asked), all on the search's seeds.
+
+    Where that is the same for all, one row of dots per schedule. Candidates that were dropped early are left out.
+    """
+    rows, name = _words.ranked(report), search_front.axis(report)
+    if equal_costs(report):
         return _strips(report, rows)
     figure, axes = new_figure(3.2)
-    axes.scatter([r.macs_ratio for r in rows], [_known(r.value) for r in rows], s=16, color=DOT, label="candidates", alpha=0.75)
+    at = _points(report, rows, name)
+    axes.scatter([x for x, _ in at], [y for _, y in at], s=16, color=DOT, label="candidates", alpha=0.75)
+    if search_front.several(report):
+        at = _points(report, report.front, name)
+        axes.scatter(
+            [x for x, _ in at],
+            [y for _, y in at],
+            s=46,
+            color="none",
+            edgecolors=SEARCHED,
+            linewidths=1.3,
+            label="can be picked",
+        )
     for scored, color, mark, size in _marked(report):
-        if scored.searched_value is not None:
-            at = ([scored.macs_ratio], [scored.searched_value])
-            axes.scatter(*at, s=size, color=color, marker=mark, label=scored.name, zorder=3, edgecolors=SURFACE, linewidths=0.8)
-    axes.set_xlabel("MACs ratio against the uncut run")
+        if at := _points(report, [scored], name):
+            label = "picked" if scored is report.winner and search_front.several(report) else scored.name
+            axes.scatter(*at[0], s=size, color=color, marker=mark, label=label, zorder=3, edgecolors=SURFACE, linewidths=0.8)
+    axes.set_xlabel(axis_label(report, name))
     axes.set_ylabel(f"{report.objective_label} (search seeds)")
     log_where_wide(axes, "y", [_known(r.value) for r in rows])
     legend(axes)
     return to_svg(figure, "tradeoff")
 
 
-def equal_macs(report: SearchReport) -> bool:
+def equal_costs(report: SearchReport) -> bool:
     """Whether all schedules cost the same, so that a trade-off plot would be one vertical line."""
-    ratios = [row.macs_ratio for row in _words.ranked(report)]
-    ratios += [scored.macs_ratio for scored in (report.winner, *report.baselines)]
-    return max(ratios) - min(ratios) <= _words.EQUAL
+    name = search_front.axis(report)
+    everyone: list[Row | Scored] = [*_words.ranked(report), report.winner, *report.baselines]
+    shares = [share for one in everyone if (share := search_front.searched_at(report, one, name)) is not None]
+    return not shares or max(shares) - min(shares) <= _words.EQUAL
+
+
+def axis_label(report: SearchReport, name: str) -> str:
+    """What lies along the axis of the trade-off."""
+    if name not in _words.COSTS:
+        measured = next((m for m in _words.metrics(report) if m.metric == name), None)
+        return _words.heading(measured) if measured else name
+    words = {"macs": "MACs ratio", "params": "parameters"}.get(name, _words.COSTS[name])
+    return f"{words} against the uncut run" if name != "params" else "parameters against the uncut model"
 
 
 def progress(report: SearchReport) -> str:
-    """Objective of every candidate in order, the best so far, baselines as horizontal lines, failures on the lower edge."""
+    """Objective of every candidate in order, the best so far, baselines as horizontal lines.
+
+    On the lower edge: failures, and candidates that were dropped after fewer images, whose values do not compare.
+    """
     figure, axes = new_figure(3.2)
     rows = _words.candidates(report)
-    done = [row for row in rows if row.value is not None]
+    done = [row for row in rows if row.value is not None and not _words.dropped(row, report)]
     values = [_known(row.value) for row in done]
     best = min if _words.direction(report) == "lower" else max
     so_far = [best(values[: i + 1]) for i in range(len(values))]
     axes.scatter([r.number for r in done], values, s=12, color=DOT, alpha=0.75, label="candidate")
     axes.step([r.number for r in done], so_far, where="post", color=SEARCHED, linewidth=2, label="best so far")
     failed = [row.number for row in rows if row.state == "failed"]
+    early = [row.number for row in rows if _words.dropped(row, report)]
+    low_edge = axes.get_xaxis_transform()  # y in axes units: these trials have no value to show
+    if early:
+        axes.scatter(
+            early,
+            [0.02] * len(early),
+            s=26,
+            color=DOT,
+            marker="|",
+            linewidths=1,
+            alpha=0.8,
+            label="dropped early",
+            transform=low_edge,
+        )
     if failed:
-        low_edge = axes.get_xaxis_transform()  # y in axes units: a failed trial has no value
         axes.scatter(
             failed, [0.02] * len(failed), s=22, color=INK, marker="x", linewidths=1.2, label="failed", transform=low_edge
         )
@@ -132,6 +173,16 @@ def _strips(report: SearchReport, rows: Sequence[Row]) -> str:
     log_where_wide(axes, "x", values + [_known(s.searched_value) for s, *_ in entries])
     axes.set_xlabel(f"{report.objective_label} on the search's seeds")
     return to_svg(figure, "tradeoff")
+
+
+def _points(report: SearchReport, some: Sequence[Row | Scored], name: str) -> list[tuple[float, float]]:
+    """(cost or second metric, objective) on the search's seeds of those that have both."""
+    found = []
+    for one in some:
+        x, y = search_front.searched_at(report, one, name), one.value if isinstance(one, Row) else one.searched_value
+        if x is not None and y is not None:
+            found.append((x, y))
+    return found
 
 
 def _marked(report: SearchReport) -> list[tuple[Scored, str, str, int]]:

@@ -3,11 +3,10 @@
 The words about single layers and cuts are in prune_layers.py.
 """
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from ..core.measurement import Measurement, difference, ratio
-from ._words import NOT_MEASURED, bracketed, duration, heading, measured_under, quoted, seed_block, short
+from ._words import NOT_MEASURED, bracketed, counted, duration, heading, listed, measured_under, quoted, seed_block, short
 from .prune_schema import Additivity, Latency, PruneReport
 
 Pace = Literal["faster", "unclear", "slower"]
@@ -84,14 +83,6 @@ def share(after: float, before: float) -> str:
     ('70.0 %', '–')
     """
     return f"{100 * after / before:.1f} %" if before else "–"
-
-
-def counted(n: int, noun: str) -> str:
-    """
-    >>> counted(1, "cut"), counted(1200, "cut")
-    ('1 cut', '1,200 cuts')
-    """
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def scaled(number: float, unit: str = "") -> str:
@@ -240,7 +231,7 @@ def warnings(report: PruneReport) -> list[str]:
     found = []
     slow = [f"batch {one.batch} ({latency_ratio(one)})" for one in report.latency if pace(one) == "slower"]
     if slow:
-        found.append(f"The pruned model is slower than its parent at {_listed(slow)}: MACs and parameters are no seconds.")
+        found.append(f"The pruned model is slower than its parent at {listed(slow)}: MACs and parameters are no seconds.")
     if not report.latency:
         found.append("No latency was measured: that the model is smaller does not make it faster.")
     if not quality(report):
@@ -268,7 +259,7 @@ def _speed(report: PruneReport) -> str:
         for one, how in zip(report.latency, paces, strict=True)
     ]
     lead = {"slower": "SLOWER", "unclear": "Not measurably faster", "faster": "Faster"}[pace(slowest)]
-    return f"{lead}: a denoiser call takes {_listed(each)}"
+    return f"{lead}: a denoiser call takes {listed(each)}"
 
 
 def _first_quality(report: PruneReport) -> str:
@@ -297,7 +288,3 @@ def _kept(report: PruneReport) -> float | None:
 
 def _share_of(report: PruneReport) -> str:
     return {"params": "parameters", "macs": "MACs", "latency": "latency"}[report.of]
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return " and ".join(parts) if len(parts) < 3 else ", ".join(parts[:-1]) + " and " + parts[-1]
