@@ -270,7 +270,8 @@ def _probe(pipe: Any, plan: SamplingPlan, call: Caller) -> dict[str, Any]:
 
     with drive(pipe, Run(plan), [look]):
         call()
-    return {k: v for k, v in seen.items() if k != "return_dict"}
+    plain = (Tensor, dict, list, tuple, str, int, float, bool, type(None))  # no caches
+    return {k: v for k, v in seen.items() if k != "return_dict" and isinstance(v, plain)}
 
 
 def _cut(
@@ -312,7 +313,6 @@ def _save(row: Row, pipe: Any, denoiser: Any, cuts: list[Cut], probe: dict[str, 
     key = f"{type(denoiser).__name__} {row.saved}"
     if not cuts or key in saved_before:
         return
-    saved_before.add(key)
     scratch = Path(tempfile.mkdtemp())
     try:
         building.complete(row.found, pipe)
@@ -320,8 +320,10 @@ def _save(row: Row, pipe: Any, denoiser: Any, cuts: list[Cut], probe: dict[str, 
         model = Model(pipe, "tiny", scratch / "parent", "", UNCONDITIONAL, None, "cpu", "float32")
         export.save(model, cuts, scratch / "cut", probe, manifest={"parent": "tiny"})
         row.saved += ", opened again"
+        saved_before.add(key)
     except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError) as e:
-        row.notes.append(f"not saved ({_said(e).replace(str(scratch), 'folder')})")
+        row.notes.append(f"saving as {row.saved} fails ({_said(e).replace(str(scratch), 'folder')})")
+        row.saved = "no"
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -17,7 +17,8 @@ from ..core.candidate import Cut, Seeds
 from ..core.driving.steering import denoisers
 from ..core.measurement import Measurement, ratio
 from ..core.output_loss import OutputLoss
-from ..core.recipe import PruneStage, build
+from ..core.recipe import build
+from ..core.stages import PruneStage
 from ..prune import slim_unet
 from ..prune._task import Pruned
 from ..workflow._losses import Losses

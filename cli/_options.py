@@ -35,9 +35,16 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 MaxTime = Annotated[
     str | None, typer.Option("--max-time", metavar="2h", help="Start no further candidate after this time (90s, 30m, 2h).")
 ]
-Storage = Annotated[str | None, typer.Option("--storage", metavar="URL", help="Optuna storage instead of the journal file.")]
+STORAGE = "LISSOM_STORAGE"  # a URL there is not seen by `ps`, as one in a command is
+Storage = Annotated[
+    str | None,
+    typer.Option("--storage", metavar="URL", envvar=STORAGE, help="Optuna storage instead of the journal file."),
+]
 Chunk = Annotated[int, typer.Option("--chunk", min=1, help="Images per pipeline call; halved when memory runs out.")]
 Memo = Annotated[int, typer.Option("--memo", min=0, metavar="MIB", help="Memory for results that candidates share.")]
+MemoDir = Annotated[
+    Path | None, typer.Option("--memo-dir", metavar="DIR", help="Folder for such results, shared with other processes.")
+]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks.")]
 Reference = Annotated[
@@ -49,8 +56,8 @@ Metrics = Annotated[
 ]
 
 
-def seconds(text: str | None) -> float | None:
-    """Seconds of a duration.
+def seconds(text: str | None, flag: str = "--max-time") -> float | None:
+    """Seconds of a duration. flag: the option that it was given for.
 
     >>> seconds("1.5h"), seconds("30m"), seconds("45"), seconds(None)
     (5400.0, 1800.0, 45.0, None)
@@ -59,7 +66,7 @@ def seconds(text: str | None) -> float | None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
     if match is None:
-        raise typer.BadParameter(f"{text!r} is not a time. Write 90s, 30m or 2h.", param_hint="--max-time")
+        raise typer.BadParameter(f"{text!r} is not a time. Write 90s, 30m or 2h.", param_hint=flag)
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
@@ -72,6 +79,7 @@ def options(
     storage: str | None = None,
     max_time: str | None = None,
     memo: int = 512,
+    memo_dir: Path | None = None,
 ) -> "Options":
     from ..workflow.context import Options
 
@@ -84,6 +92,7 @@ def options(
         storage=storage,
         max_time=seconds(max_time),
         memo_mib=memo,
+        memo_dir=str(memo_dir.resolve()) if memo_dir else None,
     )
 
 

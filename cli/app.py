@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..core.errors import INTERNAL, INTERRUPTED, UserError
-from . import compare, doctor, evaluate, inspect, prune, recipes, report, run, sample, search, stats
+from . import compare, doctor, evaluate, inspect, prune, recipes, report, run, sample, search, stats, worker
 from ._method import MethodCommand
 
 
@@ -57,6 +57,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("sample")(sample.sample)
 app.command("run")(run.run)
+app.command("worker")(worker.worker)
 app.command("report")(report.report)
 app.command("inspect")(inspect.inspect)
 app.add_typer(stats.app, name="stats")

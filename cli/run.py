@@ -29,6 +29,7 @@ def run(
     offload: o.Offload = "none",
     chunk: o.Chunk = 64,
     memo: o.Memo = 512,
+    memo_dir: o.MemoDir = None,
     trust_remote_code: o.TrustRemoteCode = False,
     max_time: o.MaxTime = None,
     storage: o.Storage = None,
@@ -45,7 +46,7 @@ def run(
     from ..workflow.run import recipe_base, reopen
     from ._run import execute
 
-    machine = o.options(device, dtype, offload, trust_remote_code, chunk, storage, max_time, memo)
+    machine = o.options(device, dtype, offload, trust_remote_code, chunk, storage, max_time, memo, memo_dir)
     single, changes = False, list(set_ or ())
     if seed is not None:
         changes.append(f"seed={seed}")

@@ -1,5 +1,6 @@
-"""`lissom search METHOD MODEL`: find a sampling plan."""
+"""`lissom search METHOD MODEL`: find a sampling plan, and cuts to go with it."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,17 +11,31 @@ from ._method import given, helper, run_one, short_name
 
 def search(
     ctx: typer.Context,
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="A file in search/: autodiffusion, random_search.")],
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="A file in search/: autodiffusion, bayes, nsga2, cmaes, random_search.")
+    ],
     model: o.Model,
     steps: Annotated[int, typer.Option("--steps", help="K: solver steps of the plan.")] = 4,
     trials: Annotated[int, typer.Option("--trials", help="Candidates scored, baselines and re-scores excluded.")] = 120,
     samples: Annotated[int, typer.Option("--samples", help="Images per candidate.")] = 256,
-    objective: Annotated[str, typer.Option("--objective", help="The metric to improve.")] = "fid",
+    objective: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--objective", help="What to improve: a metric, or a cost (macs, latency, params). Repeatable. [default: fid]"
+        ),
+    ] = None,
     metrics: o.Metrics = "fid,clip_score",
     budget: Annotated[
-        list[str] | None, typer.Option("--budget", metavar="macs=0.8", help="Cost at most, as a share of the uncut K-step run.")
+        list[str] | None,
+        typer.Option(
+            "--budget", metavar="macs=0.8", help="macs, latency or params at most, as a share of the uncut K-step run."
+        ),
     ] = None,
-    space: Annotated[str, typer.Option("--space", help="Comma-separated: timesteps, skips.")] = "timesteps,skips",
+    space: Annotated[str, typer.Option("--space", help="Comma-separated: timesteps, skips, cuts, slim.")] = "timesteps,skips",
+    pick: Annotated[int | None, typer.Option("--pick", min=1, help="Which member of the front, or elite, is exported.")] = None,
+    warm_start: Annotated[
+        str | None, typer.Option("--warm-start", metavar="RUN", help="Open with the best plans of another search.")
+    ] = None,
     scheduler: Annotated[
         str | None, typer.Option("--scheduler", help="A diffusers scheduler class instead of the model's own.")
     ] = None,
@@ -40,6 +55,7 @@ def search(
     offload: o.Offload = "none",
     chunk: o.Chunk = 64,
     memo: o.Memo = 512,
+    memo_dir: o.MemoDir = None,
     trust_remote_code: o.TrustRemoteCode = False,
     max_time: o.MaxTime = None,
     storage: o.Storage = None,
@@ -49,7 +65,7 @@ def search(
         bool, typer.Option("--help", is_eager=True, callback=helper("search"), help="Show this, with METHOD its settings too.")
     ] = False,
 ) -> None:
-    """Search a sampling plan: timesteps and per-step layer skips that beat every fixed schedule.
+    """Search a sampling plan: timesteps, per-step layer skips and cuts of the model that beat every fixed schedule.
 
     Example: lissom search autodiffusion zoo:fashion --steps 4
     """
@@ -58,10 +74,12 @@ def search(
         "steps": steps,
         "trials": trials,
         "samples": samples,
-        "objective": objective,
+        "objective": objective if objective is None or len(objective) > 1 else objective[0],
         "budget": o.shares(budget),
         "space": o.words(space),
         "scheduler": scheduler,
+        "pick": pick,
+        "warm_start": str(Path(warm_start).resolve()) if warm_start else None,
     }
     run_one(
         ctx,
@@ -73,7 +91,7 @@ def search(
         prompts=prompts,
         call=call,
         evaluate={"reference": reference, "features": features, "metrics": o.words(metrics), "samples": report_samples},
-        machine=o.options(device, dtype, offload, trust_remote_code, chunk, storage, max_time, memo),
+        machine=o.options(device, dtype, offload, trust_remote_code, chunk, storage, max_time, memo, memo_dir),
         out=out,
         resume=resume,
         dry_run=dry_run,

@@ -29,3 +29,9 @@ class DiskError(UserError):
     """The output cannot be written (disk full or read-only): nothing is lost, the run can be resumed."""
 
     exit_code = INTERNAL
+
+
+class StorageLost(UserError):
+    """The storage of the trials cannot be reached any more: nothing complete is lost, the run can be resumed."""
+
+    exit_code = INTERNAL

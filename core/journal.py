@@ -21,29 +21,36 @@ def open_file(path: Path, *, mend: bool) -> Any:
 
     # The lock is a link to this text: a relative one would be read from the link's own folder.
     kind = JournalFileOpenLock if os.name == "nt" else JournalFileSymlinkLock  # Windows lets few users make links
-    lock: Any = _Deferring(kind(str(path), grace_period=LOCK_SECONDS))
+    lock: Any = _Careful(kind(str(path), grace_period=LOCK_SECONDS), path)
     if mend and path.exists():
-        _cut_torn_line(path, lock)
+        _check_last_line(path, lock)
     return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
 
 
-class _Deferring:
+class _Careful:
     """Optuna's lock, with Ctrl-C and SIGTERM held back from before it is taken until it is given up.
 
     An interrupt meanwhile would leave the lock behind, or half a record; within Optuna's release it turns into a
-    FileNotFoundError.
+    FileNotFoundError. Whoever takes the lock first drops the half record that a killed process has left: Optuna would append
+    the next one to it and lose both.
     """
 
-    def __init__(self, lock: Any) -> None:
-        self._lock, self._held = lock, ExitStack()
+    def __init__(self, lock: Any, path: Path) -> None:
+        self._lock, self._path, self._held = lock, path, ExitStack()
 
     def acquire(self) -> bool:
         self._held.enter_context(deferred())
         try:
-            return bool(self._lock.acquire())
+            taken = bool(self._lock.acquire())
         except BaseException:
             self._held.close()
             raise
+        try:
+            _cut_torn_line(self._path)
+        except BaseException:
+            self.release()
+            raise
+        return taken
 
     def release(self) -> None:
         try:
@@ -52,29 +59,35 @@ class _Deferring:
             self._held.close()
 
 
-def _cut_torn_line(path: Path, lock: Any) -> None:
-    """Drop a last line without newline (a process died in the middle of writing it), under Optuna's own lock.
+def _cut_torn_line(path: Path) -> None:
+    """Drop a last line without newline: a process died in the middle of writing it. Call with the lock held."""
+    if not path.exists():
+        return
+    with path.open("rb") as f:
+        end = keep = f.seek(0, os.SEEK_END)
+        while keep > 0:
+            f.seek(max(0, keep - 4096))
+            block = f.read(keep - f.tell())
+            if (at := block.rfind(b"\n")) >= 0:
+                keep = keep - len(block) + at + 1
+                break
+            keep -= len(block)
+    if keep < end:
+        os.truncate(path, keep)
 
-    Optuna would append the next record to it and lose both. ValueError for a last line that is whole but no record, which
-    Optuna would pass over.
-    """
+
+def _check_last_line(path: Path, lock: Any) -> None:
+    """ValueError for a last line that is whole but no record, which Optuna would pass over, and for a file of something else."""
+    with path.open("rb") as f:
+        if f.read(1) not in (b"", b"{"):  # before a foreign file's last line is taken for half a record
+            raise ValueError("its first line is no record")
     lock.acquire()
     try:
-        with path.open("r+b") as f:
+        with path.open("rb") as f:
             end = f.seek(0, os.SEEK_END)
-            keep = end
-            while keep > 0:
-                f.seek(max(0, keep - 4096))
-                block = f.read(keep - f.tell())
-                if (at := block.rfind(b"\n")) >= 0:
-                    keep = keep - len(block) + at + 1
-                    break
-                keep -= len(block)
-            if keep < end:
-                f.truncate(keep)
-            f.seek(max(0, keep - 2**20))
+            f.seek(max(0, end - 2**20))
             _, newline, last = f.read().rstrip(b"\n").rpartition(b"\n")
-            if last and (newline or keep <= 2**20):
+            if last and (newline or end <= 2**20):
                 json.loads(last)
     finally:
         lock.release()

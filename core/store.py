@@ -2,107 +2,157 @@
 
 Optuna is the record and the queue (enqueue -> claim -> evaluate -> tell), never the proposer: what to try next comes from
 the methods in search/. `optuna-dashboard trials.journal` shows every search, whichever engine proposed it.
+
+One process, the driver, enqueues; any number of workers claim. Each write can be repeated, and each is decided by the storage
+alone: a trial is claimed once and ends once, whoever tries it at the same time.
 """
 
-import logging
-import os
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import journal
+from . import leases
 from .candidate import Request, canonical
-from .errors import UserError, one_line
-from .files import disk_errors
+from .dashboard import ranges, visible
+from .errors import UserError
+from .ledger import Ledger
 from .measurement import Measurement, Trial
+from .storages import Storage, refusing
+from .studies import agree, create, there
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial
 
-VISIBLE = 50  # parameters shown in the dashboard at most; the full genome sits in the request
+DEATHS = 3  # workers that a request may cost before it is recorded as a failure
+SHARE = 5  # looking at the storage takes at most about one part in so many of the time, where there is something else to do
 
 
 @dataclass(frozen=True)
 class Claim:
     """A waiting request that this process has taken."""
 
-    trial: "optuna.Trial"
+    number: int  # of the trial in its study
+    id: int  # of the trial in its storage
     request: Request
     key: str
 
 
 class TrialStore:
-    """The trials of one study, indexed by key. Not thread-safe; one local driver at a time."""
+    """The trials of one study, indexed by key. Not thread-safe; one driver at a time, any number of workers."""
 
-    def __init__(self, study: "optuna.Study", evaluator: str, objective: str, place: str, *, settle: bool = True) -> None:
-        """settle: finish what was scored but not told, and give back what a dead process held (see `_index`)."""
-        self.study, self.evaluator, self.objective, self.place = study, evaluator, objective, place
-        self.trials: dict[str, Trial] = {}
-        self._proposals: dict[int, str] = {}  # position in the method's sequence of proposals -> key
-        self._waiting: set[str] = set()
-        self._index(settle)
+    def __init__(
+        self, storage: Storage, study: "optuna.Study", evaluator: str, objectives: tuple[str, ...], lease: float, looks: bool
+    ) -> None:
+        """looks: take trials away from workers that are gone (see `look`)."""
+        self.storage, self.study, self.evaluator, self.objectives = storage, study, evaluator, objectives
+        self.place, self.lease, self.worker = storage.place, lease, uuid.uuid4().hex
+        self._backend: BaseStorage = storage.backend
+        self._study_id = self._backend.get_study_id_from_name(study.study_name)
+        self._ledger = Ledger()
+        self._watch = leases.Watch()
+        self._rest = 0.0  # no need to look before, as time.monotonic() tells it
+        self.cost = 0.0  # seconds that the last look took
+        if looks:
+            self.look(now=True)
+        else:
+            self._ledger.absorb(self._all())
 
     @classmethod
-    def open(cls, storage: str | Path, name: str, identity: Mapping[str, str], evaluator: str, objective: str) -> "TrialStore":
+    def open(
+        cls,
+        storage: Storage | str | Path,
+        name: str,
+        identity: Mapping[str, str],
+        evaluator: str,
+        objectives: tuple[str, ...],
+        *,
+        lease: float = leases.LEASE,
+        driver: bool = True,
+    ) -> "TrialStore":
         """Create the study or open it again.
 
-        storage: path of a journal file, or an Optuna storage URL. identity: what must agree for two processes to share a
-        study (model, method, settings, ...); one that disagrees raises UserError with both values named. evaluator: hash
-        of how values are measured, part of every key. objective: the metric that the study minimises (negated where
-        higher is better).
+        storage: an open one, path of a journal file, or an Optuna storage URL. identity: what must agree for two processes to
+        share a study (model, method, settings, ...); one that disagrees raises UserError with both values named. evaluator:
+        hash of how values are measured, part of every key. objectives: metrics and costs that the study minimises (negated
+        where higher is better), the one that matters most first. lease: seconds without a sign of life after which others may
+        take this process's trials. driver: False for a worker: UserError where there is no such study, whose objectives count.
         """
         import optuna
 
-        place = _place(storage)
-        with _refusing(place):
-            backend, sampler = _storage(storage), optuna.samplers.RandomSampler(0)
-            if name in optuna.get_all_study_names(backend):  # create_study would write into a journal that is not ours
-                study = optuna.load_study(study_name=name, storage=backend, sampler=sampler)
-            else:
-                study = optuna.create_study(study_name=name, storage=backend, sampler=sampler, direction="minimize")
+        storage = storage if isinstance(storage, Storage) else Storage(storage)
+        backend, sampler = storage.backend, optuna.samplers.RandomSampler(0)
+        with refusing(storage.place):
+            if not there(backend, name):
+                if not driver:
+                    raise UserError(
+                        f"{storage.place}: holds no study {name!r}. Check --study; the search may not have started."
+                    )
+                create(backend, name, objectives)
+            study = optuna.load_study(study_name=name, storage=backend, sampler=sampler)
             stored = study.user_attrs.get("identity")
-            if stored is None:
-                if study.get_trials(deepcopy=False):
-                    raise UserError(f"{place}: the study {name!r} was not made by lissom. Choose another folder or study name.")
+            if stored is None and not study.get_trials(deepcopy=False) and driver:
                 study.set_user_attr("identity", dict(identity))
+            elif stored is None:
+                raise UserError(
+                    f"{storage.place}: the study {name!r} was not made by lissom. Choose another folder or study name."
+                )
             else:
-                for key in identity:
-                    if key != "lissom" and stored.get(key) != identity[key]:
-                        raise UserError(
-                            f"{place} belongs to another search: its {key} is {stored.get(key)}, this one's is {identity[key]}. "
-                            "Choose another --out folder, or give the settings it was started with."
-                        )
-            return cls(study, evaluator, objective, place)
+                agree(stored, identity, storage.place, worker=not driver)
+            told = objectives if driver else tuple(study.metric_names or objectives)
+            return cls(storage, study, evaluator, told, lease, looks=True)
 
     @classmethod
-    def read(cls, storage: str | Path, name: str, objective: str) -> "TrialStore":
+    def read(cls, storage: Storage | str | Path, name: str, objectives: tuple[str, ...]) -> "TrialStore":
         """A study as it is, for reports: nothing is written, so that a search may be running meanwhile.
 
         UserError where there is no such study.
         """
         import optuna
 
-        place = _place(storage)
-        with _refusing(place):
-            backend = _storage(storage, mend=False)
-            if name not in optuna.get_all_study_names(backend):
+        storage = storage if isinstance(storage, Storage) else Storage(storage, mend=False)
+        with refusing(storage.place):
+            if not there(storage.backend, name):
                 raise UserError(
-                    f"{place}: holds no study {name!r}; the search has not started yet, or belongs to another folder."
+                    f"{storage.place}: holds no study {name!r}; the search has not started yet, or belongs to another folder."
                 )
-            return cls(optuna.load_study(study_name=name, storage=backend), "", objective, place, settle=False)
+            study = optuna.load_study(study_name=name, storage=storage.backend, sampler=optuna.samplers.RandomSampler(0))
+            return cls(storage, study, "", objectives, leases.LEASE, looks=False)
+
+    @property
+    def trials(self) -> dict[str, Trial]:
+        """Every scored request by its key."""
+        return self._ledger.scored
+
+    @property
+    def objective(self) -> str:
+        """What matters most."""
+        return self.objectives[0]
+
+    @property
+    def busy(self) -> bool:
+        """Whether any worker was seen at work on a trial."""
+        return bool(self._ledger.running)
+
+    def knows(self, key: str) -> bool:
+        """Whether a request was last seen scored, waiting or in work."""
+        return self._ledger.known(key)
 
     def propose(self, request: Request, index: int | None = None) -> str:
-        """Queue a request unless its key is scored or queued already; return the key.
+        """Queue a request unless its key is scored, queued or in work already; return the key. For the driver alone.
 
         index: its position in the method's sequence of proposals. A restarted method must propose the same again;
-        UserError names both versions where it does not.
+        UserError names both versions where it does not. A request that has cost `DEATHS` workers is recorded as a failure.
         """
         key = request.key(self.evaluator)
         if index is not None:
-            before = self._proposals.get(index)
+            before = self._ledger.proposals.get(index)
             if before is not None and before != key:
                 from .. import __version__
 
@@ -111,28 +161,89 @@ class TrialStore:
                     f"{self.place}: proposal {index} of the stored search (lissom {made_by}) is not what lissom {__version__} "
                     "proposes now. Finish it with the version that started it, or start anew in another --out folder."
                 )
-            self._proposals[index] = key
-        if key not in self.trials and key not in self._waiting:
-            attributes = {"key": key, "request": request.canonical(), "index": index}
-            with self._writing():
-                self.study.enqueue_trial(_visible(request), user_attrs=attributes)
-            self._waiting.add(key)
+            self._ledger.proposals[index] = key
+        if not self._ledger.known(key):
+            self._enqueue(key, request, index)
         return key
+
+    def _enqueue(self, key: str, request: Request, index: int | None) -> None:
+        """One write: the trial is there with all that belongs to it, or not at all."""
+        from optuna.trial import TrialState, create_trial
+
+        attributes = {"key": key, "request": request.canonical(), "index": index}
+        state = TrialState.WAITING
+        if self._ledger.lost[key] >= DEATHS:
+            failed = Trial(number=0, request=request, state="failed", error=f"its worker died {self._ledger.lost[key]} times")
+            attributes["result"], state = failed.canonical(), TrialState.FAIL
+        shown = visible(request)
+        template = create_trial(state=state, params=shown, distributions=ranges(shown), user_attrs=attributes)
+
+        def arrived() -> int | None:
+            self._ledger.absorb(self._backend.get_all_trials(self._study_id, deepcopy=False))
+            return 0 if self._ledger.known(key) else None
+
+        self.storage.do(lambda: self._backend.create_new_trial(self._study_id, template), after_all=arrived)
+        if state is TrialState.WAITING:
+            self._ledger.open.setdefault(key, None)
+        else:
+            self._ledger.absorb(self._all())
+
+    def look(self, *, now: bool = False) -> None:
+        """See what others have done since, and take the trials of workers that are gone away from them.
+
+        A result that a dead worker had written already is kept; a trial without one fails, for the driver to propose again.
+        now: also if the last look was just before, or took long.
+        """
+        began = time.monotonic()
+        if not now and began < self._rest:
+            return
+        self._ledger.absorb(self._all())
+        stale = [
+            trial
+            for number, trial in self._ledger.running.items()
+            if self._watch.stale(number, trial.user_attrs.get("lease"), trial.user_attrs.get("beat", 0))
+        ]
+        for trial in stale:
+            self._bury(trial)
+        if stale:
+            self._ledger.absorb(self._all())
+        self._watch.forget(self._ledger.running.keys())
+        ended = time.monotonic()
+        self.cost = ended - began
+        self._rest = ended + (SHARE - 1) * self.cost
 
     def claim(self) -> Claim | None:
         """Take the oldest waiting request, or None."""
-        import optuna
+        from optuna.exceptions import UpdateFinishedTrialError
 
-        if not self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)):
-            return None  # ask() would invent a trial
-        with self._writing():
-            trial = self.study.ask()
-            request = Request.model_validate_json(trial.user_attrs["request"])
-            trial.set_user_attr("lease", {"host": socket.gethostname(), "pid": os.getpid()})
-            for name, value in _visible(request).items():
-                high = float(max(1000.0, value)) if name.startswith("t") else 10_000.0
-                trial.suggest_float(name, 0.0, high)  # the value is fixed already; this makes it visible
-        return Claim(trial, request, trial.user_attrs["key"])
+        waiting = self._ledger.waiting
+        self.look(now=not waiting)
+        while waiting:
+            trial = waiting.pop(next(iter(waiting)))
+            key, number = trial.user_attrs["key"], trial.number
+            at = self._id(number)
+            if not self._take(at):
+                continue  # somebody else was faster
+            try:
+                if self._ledger.elsewhere(key, number):  # the answer to its first enqueueing was lost
+                    self._end(at, duplicate=True)
+                    continue
+                lease = leases.lease(self.worker, self.lease)
+                self.storage.do(partial(self._backend.set_trial_user_attr, at, "lease", lease))
+            except UpdateFinishedTrialError:  # the storage was away for so long that it was taken from us
+                continue
+            except BaseException:
+                self._end(at, returned=self.worker)
+                raise
+            self._ledger.open[key] = number
+            return Claim(number, at, Request.model_validate_json(trial.user_attrs["request"]), key)
+        return None
+
+    def keeping(self, claim: Claim) -> AbstractContextManager[None]:
+        """While inside, signs of life are written beside the claimed trial."""
+        return leases.kept(
+            self.worker, claim.number, self.lease, lambda count: self._backend.set_trial_user_attr(claim.id, "beat", count)
+        )
 
     def tell(
         self,
@@ -143,10 +254,15 @@ class TrialStore:
         calls: int = 0,
         plain_calls: int = 0,
         seconds: float = 0.0,
-    ) -> Trial:
-        """Record the result: measurements, or a failure by its one-line error."""
+    ) -> Trial | None:
+        """Record the result: measurements, or a failure by its one-line error.
+
+        None, with a warning, where the trial was taken from this process meanwhile: the result is discarded.
+        """
+        from optuna.exceptions import UpdateFinishedTrialError
+
         trial = Trial(
-            number=claim.trial.number,
+            number=claim.number,
             request=claim.request,
             state="complete" if error is None else "failed",
             measurements=measurements,
@@ -155,113 +271,99 @@ class TrialStore:
             plain_calls=plain_calls,
             seconds=round(seconds, 3),
         )
-        with self._writing():
-            written = trial.canonical()
-            claim.trial.set_user_attr("result", written)  # before tell: a kill between the two loses nothing
-            _finish(self.study, trial, self.objective)
+        written = trial.canonical()
+        try:
+            # Before the state: a kill between the two loses nothing.
+            self.storage.do(partial(self._backend.set_trial_user_attr, claim.id, "result", written))
+            _finish(self.storage, claim.id, trial, self.objectives)
+        except UpdateFinishedTrialError:  # by somebody else, or by us, the answer being lost
+            ended = self.storage.do(partial(self._backend.get_trial, claim.id))
+            if ended.user_attrs.get("result") != written:
+                self.storage.warn(
+                    f"candidate {claim.number} was taken from this process, which showed no sign of life for "
+                    f"{self.lease:.0f} s; its result is discarded"
+                )
+                return None
         trial = Trial.model_validate_json(written)  # what later sessions will read, so that their reports are the same text
-        self._keep(claim.key, trial)
+        self._ledger.end(claim.key, trial)
         return trial
+
+    def give_back(self, claim: Claim, *, died: bool = False) -> None:
+        """Let the driver propose a claimed request again, if the storage can be reached at all.
+
+        died: this process ends because of it, as far as can be told (see `DEATHS`).
+        """
+        self._end(claim.id, **{"lost" if died else "returned": self.worker})
 
     def retry(self) -> None:
         """Let failed requests be proposed again: what failed once (memory, a device) may pass; its record stays."""
-        self.trials = {key: trial for key, trial in self.trials.items() if trial.state == "complete"}
+        scored = self._ledger.scored
+        for key in [key for key, trial in scored.items() if trial.state == "failed"]:
+            del scored[key]
+        self._ledger.lost.clear()
+
+    def best(self, counts: Callable[[Trial], bool]) -> Trial | None:
+        """The complete trial with the best objective. counts: asked once of each trial, whether it may be the best."""
+        return self._ledger.best(self.objective, counts)
 
     def remember(self, **facts: Any) -> None:
         """Store JSON values with the study."""
-        with self._writing():
-            for name, value in facts.items():
-                self.study.set_user_attr(name, value)
+        for name, value in facts.items():
+            self.storage.do(partial(self._backend.set_study_user_attr, self._study_id, name, value))
 
-    def _writing(self) -> AbstractContextManager[None]:
-        return disk_errors(Path(self.place))
+    def recall(self, name: str, default: Any = None) -> Any:
+        """A value that is stored with the study."""
+        return self.storage.do(lambda: self._backend.get_study_user_attrs(self._study_id)).get(name, default)
 
-    def _index(self, settle: bool) -> None:
-        """Read every stored trial; with settle, finish what was scored but not told and fail what a dead process held."""
-        import optuna
+    def _all(self) -> "list[FrozenTrial]":
+        return self.storage.do(lambda: self._backend.get_all_trials(self._study_id, deepcopy=False))
 
-        for frozen in self.study.get_trials(deepcopy=False):
-            key = frozen.user_attrs.get("key")
-            if key is None:
-                continue
-            if (index := frozen.user_attrs.get("index")) is not None:
-                self._proposals[index] = key
-            result = frozen.user_attrs.get("result")
-            running = frozen.state == optuna.trial.TrialState.RUNNING
+    def _id(self, number: int) -> int:
+        return self.storage.do(partial(self._backend.get_trial_id_from_study_id_trial_number, self._study_id, number))
+
+    def _take(self, at: int) -> bool:
+        """Whether a waiting trial is ours now. Where the answer was lost it is nobody's, until its missing lease runs out."""
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
+
+        try:
+            return self.storage.do(partial(self._backend.set_trial_state_values, at, TrialState.RUNNING))
+        except UpdateFinishedTrialError:
+            return False
+
+    def _bury(self, trial: "FrozenTrial") -> None:
+        """End a trial whose worker is gone: with its result if that is written, else without one."""
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
+
+        at, result = self._id(trial.number), trial.user_attrs.get("result")
+        with suppress(UpdateFinishedTrialError):  # somebody else was faster, or the worker lives after all
             if result is not None:
-                trial = Trial.model_validate_json(result)
-                if running and settle:
-                    _finish(self.study, trial, self.objective)
-                self._keep(key, trial)
-            elif running and settle:  # its process is gone (the run folder is locked by us): free the key, keep the record
-                self.study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
-            elif frozen.state == optuna.trial.TrialState.WAITING:
-                self._waiting.add(key)
+                _finish(self.storage, at, Trial.model_validate_json(result), self.objectives)
+                return
+            if (by := trial.user_attrs.get("lease")) is not None:  # without one, nobody has begun
+                self.storage.do(partial(self._backend.set_trial_user_attr, at, "lost", by["worker"]))
+            self.storage.do(partial(self._backend.set_trial_state_values, at, TrialState.FAIL))
 
-    def _keep(self, key: str, trial: Trial) -> None:
-        self.trials[key] = trial
-        self._waiting.discard(key)
+    def _end(self, at: int, **note: Any) -> None:
+        """Fail a trial of ours, if the storage can be reached: nobody waits for that while a process ends."""
+        from optuna.trial import TrialState
+
+        with suppress(Exception):
+            for name, value in note.items():
+                self._backend.set_trial_user_attr(at, name, value)
+            self._backend.set_trial_state_values(at, TrialState.FAIL)
 
 
-def _finish(study: "optuna.Study", trial: Trial, objective: str) -> None:
-    import optuna
+def _finish(storage: Storage, at: int, trial: Trial, objectives: tuple[str, ...]) -> None:
+    """Give a trial its final state; UpdateFinishedTrialError where it has one."""
+    from optuna.trial import TrialState
 
     if trial.state == "failed":
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        storage.do(partial(storage.backend.set_trial_state_values, at, TrialState.FAIL))
     else:
-        study.tell(trial.number, trial.value(objective))
-
-
-def _visible(request: Request) -> dict[str, float]:
-    """The part of a request that the dashboard plots: its timesteps and how many layers each step skips."""
-    plan = request.candidate.plan
-    if plan is None:
-        return {}
-    width = len(str(len(plan.steps) - 1))
-    times = {f"t{i:0{width}}": float(s.timestep) for i, s in enumerate(plan.steps)}
-    skips = {f"skipped{i:0{width}}": float(len(s.skip)) for i, s in enumerate(plan.steps)}
-    shown = {**times, **skips} if any(skips.values()) else times
-    return dict(list(shown.items())[:VISIBLE])
-
-
-def _place(storage: str | Path) -> str:
-    """How messages name the storage: a path, or a URL without its password."""
-    return without_password(storage) if isinstance(storage, str) else str(storage)
-
-
-def without_password(url: str) -> str:
-    """A storage URL as it may be shown and kept. UserError for what is not one."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except ArgumentError as e:
-        raise UserError(f"--storage {url}: not a storage URL. Write one such as sqlite:///trials.db.") from e
-
-
-@contextmanager
-def _refusing(place: str) -> Iterator[None]:
-    """Turn what Optuna says of a storage that it cannot read or write into one sentence."""
-    from optuna.exceptions import OptunaError
-    from sqlalchemy.exc import SQLAlchemyError
-
-    logging.getLogger("optuna").setLevel(logging.ERROR)
-    try:
-        with disk_errors(Path(place)):
-            yield
-    except (OptunaError, SQLAlchemyError, ImportError) as e:
-        raise UserError(f"{place}: cannot be used as storage ({one_line(e)}). Check the URL and the database.") from e
-    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as e:  # whatever a foreign record provokes
-        raise UserError(
-            f"{place}: not a lissom journal ({type(e).__name__}: {one_line(e)}). Choose another --out folder."
-        ) from e
-
-
-def _storage(storage: str | Path, *, mend: bool = True) -> Any:
-    from optuna.storages import RDBStorage
-
-    return RDBStorage(storage) if isinstance(storage, str) else journal.open_file(storage.absolute(), mend=mend)
+        values = [float(trial.value(name)) for name in objectives]
+        storage.do(partial(storage.backend.set_trial_state_values, at, TrialState.COMPLETE, values))
 
 
 def identity_of(**parts: Any) -> dict[str, str]:

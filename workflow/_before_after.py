@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..core import memory
 from ..core.candidate import Cut, SamplingPlan, Scheduler, Seeds
-from ..core.recipe import PruneStage
+from ..core.stages import PruneStage
 from ..report.prune_schema import Latency, Scored
 from ..report.schema import Ratio
 from ._evaluator import Evaluator, draw_sheet

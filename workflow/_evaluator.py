@@ -2,12 +2,13 @@
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.candidate import SamplingPlan, Seeds, canonical
+from ..core.candidate import Cut, SamplingPlan, Seeds, Step, canonical
 from ..core.conditions import Conditions
 from ..core.errors import UserError
 from ..core.measurement import Measurement
@@ -68,26 +69,29 @@ class Evaluator:
         plan: SamplingPlan | None,
         seeds: Seeds,
         *,
+        cuts: tuple[Cut, ...] = (),
         steps: int | None = None,
         replicates: bool = False,
         sheet: Path | None = None,
     ) -> Score:
         """Make the images of a seed block and measure them.
 
-        plan None: the pipeline's stock run with `steps`. sheet: where to write a contact sheet of the first images.
+        plan None: the pipeline's stock run with `steps`. cuts: the model is cut for the time being; the plan's skips are named
+        as in the whole one. sheet: where to write a contact sheet of the first images.
         """
         began, calls, served = time.monotonic(), self.sampler.calls, self.sampler.served
         from ..evaluate._scorer import Made, Shown
 
         collector = self.scorer.collect()
         shown: list[Any] = []
-        for batch in self.sampler.images(plan, seeds, steps=steps):
-            captions = [self.conditions.caption(i) for i in batch.indices]
-            labels = [self.conditions.label(i) for i in batch.indices]
-            assert batch.pixels is not None  # latents were not asked for
-            collector.add(Shown(batch.pixels), captions, labels)
-            if sheet is not None and sum(map(len, shown)) < SHEET:
-                shown.append(batch.pixels.numpy())
+        with trimmed(self.model, self.sampler, plan, cuts) as moved:
+            for batch in self.sampler.images(moved, seeds, steps=steps):
+                captions = [self.conditions.caption(i) for i in batch.indices]
+                labels = [self.conditions.label(i) for i in batch.indices]
+                assert batch.pixels is not None  # latents were not asked for
+                collector.add(Shown(batch.pixels), captions, labels)
+                if sheet is not None and sum(map(len, shown)) < SHEET:
+                    shown.append(batch.pixels.numpy())
         if sheet is not None:
             _sheet(shown, sheet)
         made = Made(seeds, self.conditions.hash, self.model.device, self.model.dtype, len(self.conditions), replicates)
@@ -95,9 +99,32 @@ class Evaluator:
         executed = self.sampler.calls - calls
         return Score(measurements, executed, executed + self.sampler.served - served, time.monotonic() - began)
 
-    def draw_sheet(self, plan: SamplingPlan | None, seeds: Seeds, path: Path, steps: int | None = None) -> None:
-        """Only the contact sheet: the first images of a seed block."""
-        draw_sheet(self.sampler, plan, seeds, path, steps)
+
+@contextmanager
+def trimmed(
+    model: Model, sampler: "Sampler", plan: SamplingPlan | None, cuts: tuple[Cut, ...]
+) -> Iterator[SamplingPlan | None]:
+    """Inside, the model is cut and the sampler's memo knows it; gives the plan with its skips named as in the cut model.
+
+    Layers to skip that are gone are left out. Raises CannotCut for cuts that do not fit.
+    """
+    if not cuts:
+        yield plan
+        return
+    from ..core import surgery
+
+    whole = sampler.fingerprint
+    skipped = {address for step in plan.steps for address in step.skip} if plan else set()
+    with surgery.applied(model.denoiser, cuts, following=skipped) as names:
+        sampler.fingerprint = canonical([whole, [cut.plain() for cut in cuts]])
+        try:
+            yield plan and plan.model_copy(update={"steps": tuple(_renamed(step, names) for step in plan.steps)})
+        finally:
+            sampler.fingerprint = whole
+
+
+def _renamed(step: Step, names: Mapping[str, str]) -> Step:
+    return step.model_copy(update={"skip": tuple(sorted(names[a] for a in step.skip if a in names))})
 
 
 def draw_sheet(sampler: "Sampler", plan: SamplingPlan | None, seeds: Seeds, path: Path, steps: int | None = None) -> None:

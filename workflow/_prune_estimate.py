@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..core import blueprints, export
-from ..core.recipe import PruneStage
+from ..core.stages import PruneStage
 from ._gauge import Gauge
 from ._prune_job import Job, choose, gauge_of, job_of
 from ._subject import Subject

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..core import methods, recipe
 from ..core.candidate import Cut
 from ..core.errors import UserError
-from ..core.recipe import PruneStage
+from ..core.stages import PruneStage
 from ._gauge import TEXT_TOKENS, Gauge, layer_times
 from ._kept import kept
 from ._losses import Losses
@@ -86,7 +86,7 @@ def job_of(
     layers = tuple(cuttable(stage, gauge, name))
     if stage.of == "latency":
         total, table = _times(gauge, name, device, folder, identity)
-        saves = _spaces.per_layer(table, gauge.counted, lambda cuts: _inside(gauge, table, cuts))
+        saves = _spaces.per_layer(table, gauge.counted, lambda cuts: time_inside(gauge, table, cuts))
     elif stage.of == "macs":
         total, table = float(gauge.macs), {layer.address: float(layer.macs or 0) for layer in layers}
         saves = _spaces.per_layer(table, gauge.counted, lambda cuts: float(gauge.macs - gauge.after(cuts)[1]))
@@ -181,7 +181,7 @@ def _times(gauge: Gauge, name: str, device: str, folder: Path | None, identity: 
     return float(found["whole"]), dict(found["layers"])
 
 
-def _inside(gauge: Gauge, table: dict[str, float], cuts: tuple[Cut, ...]) -> float:
+def time_inside(gauge: Gauge, table: dict[str, float], cuts: tuple[Cut, ...]) -> float:
     """The time of the listed layers that cuts take out. Of an attention that is emptied, its norm and projections stay."""
     from ..core import surgery
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .. import __version__
 from ..core.errors import UserError, one_line
 from ..core.files import write_text
-from ..core.recipe import PruneStage
+from ..core.stages import PruneStage
 from ..report import prune_html, prune_markdown
 from ..report.prune_schema import Additivity, Latency, LayerScore, PruneReport, Size
 from ._losses import Losses

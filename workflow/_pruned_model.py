@@ -13,7 +13,6 @@ from ..core.candidate import Cut, SamplingPlan, Step
 from ..core.errors import MissingOffline, one_line
 from ..core.files import write_text
 from ..core.models import Model
-from ..core.recipe import PruneStage
 from ..report import model_card
 from ..report.prune_schema import PruneReport
 
@@ -36,8 +35,22 @@ class Made:
     origin: str
 
 
-def save(stage: PruneStage, seed: int, model: Model, cuts: tuple[Cut, ...], probe: dict[str, Any], folder: Path) -> "Saved":
-    """Write folder/model and verify it in a fresh process. The manifest is completed when everything is measured."""
+def save(
+    model: Model,
+    cuts: tuple[Cut, ...],
+    probe: dict[str, Any],
+    folder: Path,
+    made_by: dict[str, Any],
+    *,
+    plain_only: bool = False,
+    dtype: str | None = None,
+    variant: str | None = None,
+    shard: str = "5GB",
+) -> "Saved":
+    """Write folder/model and verify it in a fresh process. The manifest is completed when everything is measured.
+
+    made_by: the stage as in the recipe, with the seed. The rest: see `export.save`.
+    """
     parent = artifact.manifest(model.folder)
     parent = parent if parent is not None and parent.opens else None
     before = (*parent.chain, Ancestor(parent=parent.parent, model_hash=parent.model_hash, cuts=parent.cuts)) if parent else ()
@@ -45,7 +58,7 @@ def save(stage: PruneStage, seed: int, model: Model, cuts: tuple[Cut, ...], prob
         parent=model.ref,
         model_hash=model.fingerprint,
         stage="not measured yet",
-        made_by={**stage.plain(), "seed": seed},
+        made_by=made_by,
         versions={"lissom": __version__, **{name: version(name) for name in ("torch", "diffusers")}},
         cuts=cuts,
         license=license_of(model.folder).get("license", ""),
@@ -57,10 +70,10 @@ def save(stage: PruneStage, seed: int, model: Model, cuts: tuple[Cut, ...], prob
         folder / artifact.MODEL,
         probe,
         manifest=record.plain(),
-        plain_only=stage.require_plain_load,
-        dtype=stage.save_dtype,
-        variant=stage.variant,
-        shard=stage.shard_size,
+        plain_only=plain_only,
+        dtype=dtype,
+        variant=variant,
+        shard=shard,
     )
 
 

@@ -7,7 +7,7 @@ from ..core import models
 from ..core.artifact import Artifact
 from ..core.candidate import canonical
 from ..core.conditions import read as read_conditions
-from ..core.recipe import PruneStage, SearchStage
+from ..core.stages import PruneStage, SearchStage
 from .context import Context
 
 Stage = SearchStage | PruneStage

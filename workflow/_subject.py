@@ -47,6 +47,7 @@ class Subject:
         painting: images will be made, so that a pipeline that needs prompts must have some.
         """
         from ..core.driving import Memo
+        from ..core.driving.memo_files import Files
         from ..core.sampling import Sampler
 
         recipe, options = context.recipe, context.options
@@ -72,7 +73,7 @@ class Subject:
         for key in call:
             if key not in accepted:
                 raise UserError(f"call.{key}: {type(model.pipe).__name__} takes no such argument.{suggest(key, accepted)}")
-        memo = Memo(options.memo_mib * 2**20)
+        memo = Memo(options.memo_mib * 2**20, Files(Path(options.memo_dir)) if options.memo_dir else None)
         sampler = Sampler(model.pipe, conditions, chunk=options.chunk, call=call, memo=memo, fingerprint=model.fingerprint)
         return cls(model, conditions, call, sampler, context)
 

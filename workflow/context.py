@@ -19,6 +19,7 @@ class Options:
     trust_remote_code: bool = False
     chunk: int = 64  # images per pipeline call
     memo_mib: int = 512  # memory for shared prefixes
+    memo_dir: str | None = None  # folder for shared prefixes, for workers that see the same disk
     storage: str | None = None  # Optuna storage URL instead of the journal file
     max_time: float | None = None  # seconds after which no further candidate is started
     push_to_hub: str | None = None  # repository that a pruned model is uploaded to, once it is complete

@@ -9,7 +9,8 @@ import yaml
 from ..core import models
 from ..core.errors import UserError
 from ..core.methods import suggest
-from ..core.recipe import PruneStage, Recipe, override
+from ..core.recipe import Recipe, override
+from ..core.stages import PruneStage
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

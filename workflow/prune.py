@@ -10,7 +10,7 @@ from .. import __version__
 from ..core import artifact, methods
 from ..core.artifact import Artifact
 from ..core.candidate import canonical
-from ..core.recipe import PruneStage
+from ..core.stages import PruneStage
 from ._losses import Losses
 from ._prune_job import choose, cuttable, gauge_of, job_of
 from ._stage import stage_hash
@@ -53,11 +53,23 @@ def _make(stage: PruneStage, artifact_in: Artifact, folder: Path, context: Conte
     quality = _before_after.Quality(subject, stage, folder)
     losses = None
     if module.calibrated:
-        losses = Losses(model.pipe, _calls(stage, subject), folder / "scores.jsonl", _identity(stage, subject), progress)
+        losses = Losses(
+            model.pipe, calibration_calls(stage, subject), folder / "scores.jsonl", losses_identity(stage, subject), progress
+        )
     result = choose(job, losses, context.recipe.seed, progress)
     joint = losses([result.cuts])[0] if losses is not None and result.cuts else None
     progress.say(f"{len(result.cuts)} cuts; saving, and opening the result in a fresh process")
-    saved = _pruned_model.save(stage, context.recipe.seed, model, result.cuts, gauge.probe(), folder)
+    saved = _pruned_model.save(
+        model,
+        result.cuts,
+        gauge.probe(),
+        folder,
+        {**stage.plain(), "seed": context.recipe.seed},
+        plain_only=stage.require_plain_load,
+        dtype=stage.save_dtype,
+        variant=stage.variant,
+        shard=stage.shard_size,
+    )
     progress.say("timing denoiser calls before and after, in turns")
     measured = _prune_report.Measured(
         *_prune_report.sizes(model, gauge, result.cuts, saved),
@@ -78,7 +90,7 @@ def _make(stage: PruneStage, artifact_in: Artifact, folder: Path, context: Conte
     return _pruned_model.Made(saved.folder, report, quality, moved, _pruned_model.license_of(model.folder), model.origin)
 
 
-def _calls(stage: PruneStage, subject: Subject) -> "list[Inputs]":
+def calibration_calls(stage: PruneStage, subject: Subject) -> "list[Inputs]":
     """The calls that losses are measured on: of the model's own trajectories, or made from images."""
     from ..core import calibration
 
@@ -103,7 +115,7 @@ def _pixels(source: str, count: int, progress: Progress) -> "list[Tensor]":
     return pixels
 
 
-def _identity(stage: PruneStage, subject: Subject) -> str:
+def losses_identity(stage: PruneStage, subject: Subject) -> str:
     """Of everything that losses depend on, beside call and cuts."""
     from ..core.candidate import Scheduler
     from ..evaluate._images import Images

@@ -8,15 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .. import __version__
-from ..core import artifact
+from ..core import artifact, storages
 from ..core.artifact import Artifact
 from ..core.errors import UserError, one_line
 from ..core.files import prepare, write_text
-from ..core.recipe import Recipe, SearchStage, read, verb_of
-from ..core.store import without_password
+from ..core.recipe import Recipe, read, verb_of
+from ..core.stages import SearchStage
 from . import prune, search
 from ._stage import Stage, stage_hash
+from ._stores import read_stores
 from .context import Context, Options, Progress
 
 # One contract for every verb: run_stage(stage, artifact_in, folder, context) -> artifact_out.
@@ -32,7 +35,9 @@ def run(recipe: Recipe, text: str, out: Path, context: Context, *, resume: bool,
     text: the recipe's exact text, kept as recipe.yaml. single: the one stage's files go into `out` itself instead of
     NN-verb-method/. Raises UserError when `out` holds another recipe's run.
     """
-    storage = context.options.storage and without_password(context.options.storage)
+    storage = context.options.storage and storages.without_password(context.options.storage)
+    if context.options.storage and not (out / ENVIRONMENT).is_file():
+        storages.check(context.options.storage)  # before anything is loaded or written
     new = not out.exists()
     prepare(out, resume)
     empty = not any(out.iterdir())
@@ -41,6 +46,11 @@ def run(recipe: Recipe, text: str, out: Path, context: Context, *, resume: bool,
             _keep_recipe(out / "recipe.yaml", text)
             # Written once: a later call with other options is refused by the store, and must not change what the run is.
             known = _record(out) if (out / ENVIRONMENT).is_file() else None
+            if known is not None and bool(known.get("storage")) != bool(storage):
+                raise UserError(
+                    f"{out}: this run keeps its trials in {known.get('storage') or 'its own journal'}, not in "
+                    f"{storage or 'a journal'}. Go on with `lissom run {out}`, or choose another --out."
+                )
             record = known or {
                 "lissom": __version__,
                 "id": uuid.uuid4().hex[:12],
@@ -93,15 +103,22 @@ def stage_folder(out: Path, number: int, stage: Stage, single: bool) -> Path:
 
 
 def _keep_recipe(kept: Path, text: str) -> None:
+    """Write recipe.yaml; UserError where another recipe's is there. One that differs by what it picks is the same search."""
     if kept.is_file():
         before = kept.read_text(encoding="utf-8").splitlines()
-        if before != text.splitlines():
+        if before != text.splitlines() and _but_pick("\n".join(before)) != _but_pick(text):
             new = next((line.strip() for line in text.splitlines() if line not in before), "fewer lines")
             raise UserError(
                 f"{kept}: this folder holds the run of another recipe (this one has: {new}). Choose another --out folder, "
                 "or give the settings that it was started with."
             )
     write_text(kept, text)
+
+
+def _but_pick(text: str) -> Any:
+    """What a recipe says beside which member of a front is exported."""
+    data = yaml.safe_load(text)
+    return {**data, "stages": [{k: v for k, v in stage.items() if k != "pick"} for stage in data["stages"]]}
 
 
 def _clear(out: Path, new: bool) -> None:
@@ -139,7 +156,7 @@ def rebuild(folder: Path, storage: str | None = None) -> list[Path]:
         if not place.is_dir():
             break
         if isinstance(stage, SearchStage):
-            _report.write(place, search.read_stores(place, _storage(record, storage), record["id"]))
+            _report.write(place, read_stores(place, _storage(record, storage), record["id"]))
         else:
             _prune_report.rewrite(place)
         written.append(place / "report.html")
@@ -165,11 +182,14 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def _storage(record: dict[str, Any], given: str | None) -> str | None:
-    """The storage of an earlier run, unless another URL is given: passwords are not kept."""
+    """The storage of an earlier run, unless another URL is given: passwords are not kept.
+
+    A run that began in its own journal goes on there, also where LISSOM_STORAGE is set for others.
+    """
     kept = record.get("storage")
     if given is None and kept and "***" in kept:
-        raise UserError(f"{kept}: its password is not kept in the run's folder. Give --storage URL again.")
-    return given or kept
+        raise UserError(f"{kept}: its password is not kept in the run's folder. Give --storage URL again, or LISSOM_STORAGE.")
+    return (given or kept) if kept else None
 
 
 def _locked(folder: Path) -> Any:

@@ -1,297 +1,206 @@
-"""The search stage: fixed schedules, the method's candidates, elites on fresh seeds, the winner on unseen seeds."""
+"""The search stage: fixed schedules, the method's candidates, elites on fresh seeds, the picked one on unseen seeds."""
 
 import random
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from ..core import methods, recipe
-from ..core.artifact import Artifact, Manifest, save
-from ..core.candidate import Candidate, Request, SamplingPlan, Seeds, Step
-from ..core.conditions import Conditions
-from ..core.errors import SamplingError, UserError, one_line
+from ..core.artifact import Artifact
+from ..core.candidate import Candidate, Request, Seeds
+from ..core.errors import UserError
 from ..core.measurement import Trial
-from ..core.recipe import SearchStage
-from ..core.store import TrialStore, identity_of
-from ._evaluator import Evaluator
-from ._stage import stage_hash
+from ..core.stages import SearchStage
+from ..core.store import TrialStore
+from . import _opening, _work
+from ._elites import default_pick, elites, front, parts
+from ._evaluator import draw_sheet, trimmed
+from ._judges import Judge, judges
+from ._ladder import Ladder
+from ._plans import Plans, check_objectives, plans_of
+from ._settle import Clock, settled
+from ._stores import open_stores
 from ._subject import Subject
-from .context import Context
+from .context import Context, Progress, Silent
 
 if TYPE_CHECKING:
-    from ..core.cost import Costs
-    from ..search._space import Space
-
-STUDIES = ("search", "rescore", "report")
-SKIPPABLE = ("resnet", "attention", "transformer_block")  # AutoDiffusion's units: residual blocks and attention blocks
+    from ._opening import Opening
 
 
 @dataclass
-class Plans:
-    """What may be searched on this model, and what it costs."""
+class _Search:
+    """A search under way."""
 
-    space: "Space"
-    fixed: dict[str, SamplingPlan]
-    costs: "Costs"
+    stage: SearchStage
+    subject: Subject
+    plans: Plans
+    stores: dict[str, TrialStore]
+    judges: dict[str, Judge]
+    clock: Clock
 
-    def share(self, plan: SamplingPlan, steps: int) -> float:
-        """MACs of a plan as a share of `steps` uncut steps."""
-        from ..core.cost import plan_macs
+    def settle(self, study: str, requests: Iterable[tuple[Request, int | None]]) -> list[Trial]:
+        """Score requests of a study; of the search itself only as long as there is time. Answers come in order."""
+        searching = study in ("search", "screen")
+        progress = self.subject.context.progress
+        if searching and self.in_rungs:
+            progress = _Unmoved(progress)
+        clock = self.clock if searching else Clock(None)
+        return settled(self.stores[study], list(requests), self.judges[study], progress, clock, self.counts)
 
-        return plan_macs(self.costs, plan) / (steps * self.costs.total)
+    def counts(self, trial: Trial) -> bool:
+        """Whether a trial may win: within every budget, and not scored on fewer images than the others."""
+        few = trial.request.seeds.role == "search" and trial.request.seeds.count < self.stage.samples
+        return not few and self.plans.feasible(trial.request.costs)
+
+    @property
+    def in_rungs(self) -> bool:
+        """Whether candidates are screened or scored several times, so that requests are no measure of how far the search is."""
+        return bool(self.stage.fidelity or self.stage.screen or self.stage.control)
+
+    def request(self, candidate: Candidate, seeds: Seeds, origin: str = "") -> Request:
+        return Request(candidate=candidate, seeds=seeds, origin=origin, costs=self.plans.shares(candidate))
+
+    def fixed(self, study: str, seeds: Seeds) -> list[Trial]:
+        """The fixed schedules on these seeds."""
+        plans = self.plans.fixed.items()
+        return self.settle(study, [(self.request(Candidate(plan=p), seeds, f"fixed: {name}"), None) for name, p in plans])
 
 
-@dataclass
-class Clock:
-    """--max-time: after it, no further candidate is started."""
+class _Unmoved:
+    """A Progress that is told of everything but how far it is."""
 
-    seconds: float | None
-    began: float = 0.0  # as time.monotonic() tells it
+    def __init__(self, progress: Progress) -> None:
+        self.say, self.warn, self.phase = progress.say, progress.warn, progress.phase
 
-    def over(self) -> bool:
-        return self.seconds is not None and time.monotonic() - self.began > self.seconds
+    def advance(self, note: str = "", *, fresh: bool = True) -> None: ...
 
 
 def run_stage(stage: SearchStage, artifact_in: Artifact, folder: Path, context: Context) -> Artifact:
-    """Search, and leave plan.json, reports, samples and reproduce.py in `folder`. Resumes what is in the folder already."""
-    from . import _report
+    """Search, and leave plan.json, reports, samples and reproduce.py in `folder`. Resumes what is in the folder already.
+
+    Where the picked candidate cuts the model, the cut model is in `folder`/model.
+    """
+    from . import _report, _searched
 
     progress, seed = context.progress, context.recipe.seed
     module = methods.load("search", stage.method)
     config = recipe.settings("search", stage.method, stage.settings)
     subject = Subject.load(artifact_in.ref, context, stage.scheduler)
-    check_objective(stage, context, subject.conditions)
-    plans = plans_of(subject, stage)
-    evaluator = subject.evaluator("search", folder)
-    last = subject.evaluator("report", folder)  # made now, so that a reference unfit for the report is refused before any work
-    stores = open_stores(stage, subject, {"search": evaluator.id, "rescore": evaluator.id, "report": last.id}, folder)
+    check_objectives(stage, context, subject.conditions)
+    _searched.check(stage, subject, folder)
+    plans = plans_of(subject, stage, folder)
+    warm = _opening.warm(stage, context, plans.space, folder)
+    found = judges(stage, subject, folder)
+    stores = open_stores(stage, subject, {name: judge.id for name, judge in found.items()}, folder)
     for name in ("rescore", "report"):
         stores[name].retry()  # not the search's own: what its failures led to is proposed already
-    stores["search"].remember(facts=_report.facts(stage, module, config, subject, plans, folder))
-    clock = Clock(context.options.max_time, context.began)
-
-    def settle(name: str, requests: Iterable[tuple[Request, int | None]], judge: Evaluator, **extra: Any) -> list[Trial]:
-        timed = clock if name == "search" else Clock(None)
-        return _settle(stores[name], list(requests), judge, progress, timed, lambda t: feasible(t, plans, stage), **extra)
+    latency = plans.validated(stage, subject, folder)
+    stores["search"].remember(facts=_report.facts(stage, module, config, subject, plans, latency, folder))
+    # Anyone who reaches the storage may help; who searches on one machine need not be told.
+    listener = progress if context.options.storage else Silent()
+    _work.offer(stores["search"], _work.describe(stage, artifact_in, subject, folder), listener)
+    run = _Search(stage, subject, plans, stores, found, Clock(context.options.max_time, context.began))
 
     # Common seeds for all candidates: differences between plans are not drowned by differences between images.
     seeds = Seeds(role="search", base=seed, count=stage.samples)
     progress.phase("fixed schedules", len(plans.fixed))
-    known = settle(
-        "search",
-        ((Request(candidate=Candidate(plan=p), seeds=seeds, origin=f"fixed: {n}"), None) for n, p in plans.fixed.items()),
-        evaluator,
-    )
-    from ..search._space import Task
+    known = run.fixed("search", seeds)
+    scored, stopped = _propose(run, module, config, known, seeds, warm, folder)
+    members, pick = _members(run, scored, known)
+    winner = members[pick - 1].request.candidate
 
-    task = Task(space=plans.space, trials=stage.trials, seeds=seeds, objective=stage.objective, known=tuple(known))
+    # Unseen seeds and unseen reference images, the same for all.
+    unseen = Seeds(role="report", base=seed, count=context.recipe.evaluate.samples)
+    _report_on(run, [t.request.candidate for t in members], winner, unseen, folder)
+    stores["search"].remember(
+        members=[t.request.candidate.plain() for t in members], picked=pick, stopped=stopped, winner=winner.plain()
+    )
+    _work.close(stores["search"])
+    return _searched.finish(stage, artifact_in, subject, plans, stores, winner, unseen, stopped, folder)
+
+
+def _propose(
+    run: _Search, module: Any, config: Any, known: list[Trial], seeds: Seeds, opening: "Opening", folder: Path
+) -> tuple[list[Trial], int | None]:
+    """Let the method propose until its trials are spent or time is over: (all that was scored in full, trials if stopped)."""
+    from ..search._task import Task
+
+    stage, progress, seed = run.stage, run.subject.context.progress, run.subject.context.recipe.seed
+    first = stage.objective[0]
+    usual = sorted((t for t in known if t.state == "complete"), key=lambda t: t.value(first))
+    best = usual[0].request.candidate.plan if usual else None
+    opening = [*opening, *_opening.pruned(stage, run.subject, run.plans, best or next(iter(run.plans.fixed.values())), folder)]
+    ladder = Ladder(stage, run.settle, usual[0] if usual else None)
+    task = Task(run.plans.space, stage.trials, seeds, stage.objective, tuple(ladder.known(known)), tuple(opening))
     proposals = module.search(task, config, random.Random(seed))
-    progress.phase(f"{stage.method}", stage.trials)
-    scored: list[Trial] = []
+    progress.phase(stage.method, stage.trials)
+    asked: list[Trial] = []
     answers: list[Trial] | None = None
-    while not clock.over():
+    while not run.clock.over():
         try:
             batch = proposals.send(answers)
         except StopIteration:
             break
-        answers = settle("search", ((r, len(scored) + i) for i, r in enumerate(batch)), evaluator)
-        scored += answers
+        answers = ladder.answers(batch, len(asked))
+        asked += answers
+        for _ in answers if run.in_rungs else ():
+            progress.advance()
         if len(answers) < len(batch):  # out of time in the middle of a batch
             break
+    stopped = None if len(asked) >= stage.trials or not run.clock.over() else len(asked)
+    scored = ladder.full(asked)
+    if not any(t.state == "complete" and run.counts(t) for t in scored):
+        if stopped is not None and not any(t.state == "failed" for t in asked):
+            raise UserError(
+                f"--max-time ended the search after {len(asked)} candidates, none that counts. Go on with more time."
+            )
+        raise UserError(_nothing(asked, run.plans))
+    return scored, stopped
 
-    # The search's own values are optimistic: the best of many noisy ones. Elites compete again on fresh seeds.
-    # Equal values keep the order of proposal: a resumed run numbers its trials differently.
-    best = sorted(
-        (t for t in scored if t.state == "complete" and feasible(t, plans, stage)), key=lambda t: t.value(stage.objective)
-    )
-    if not best and clock.over() and not any(t.state == "failed" for t in scored):
-        raise UserError(f"--max-time ended the search after {len(scored)} candidates, none that counts. Go on with more time.")
-    if not best:
-        raise UserError(_nothing(scored, plans))
-    fixed = sorted(
-        (t for t in known if t.state == "complete" and feasible(t, plans, stage)), key=lambda t: t.value(stage.objective)
-    )
-    again = Seeds(role="rescore", base=seed, count=stage.rescore_samples)
-    pool = [t.request.candidate for t in (*best[: stage.rescore], *fixed[:1])]
-    progress.phase("elites on fresh seeds", len(pool))
-    rescored = settle("rescore", ((Request(candidate=c, seeds=again), None) for c in pool), evaluator)
-    elites = [t for t in rescored if t.state == "complete"]
-    if not elites:
-        raise UserError(_nothing(rescored, plans))
-    winner = min(elites, key=lambda t: t.value(stage.objective)).request.candidate.plan
-    assert winner is not None
 
-    # Unseen seeds and unseen reference images, the same for all.
-    progress.phase("report on unseen seeds", 1 + len(plans.fixed))
-    unseen = Seeds(role="report", base=seed, count=context.recipe.evaluate.samples)
-    if stores["search"].study.user_attrs.get("winner", winner.canonical()) != winner.canonical():
-        (folder / "samples" / "searched.png").unlink(missing_ok=True)  # --max-time ended an earlier session with another one
-    named = {"searched": winner, **plans.fixed}
-    for name, plan in named.items():
+def _members(run: _Search, scored: list[Trial], known: list[Trial]) -> tuple[list[Trial], int]:
+    """What can be picked, and which is. The search's own values are optimistic, the best of many noisy ones: elites compete
+    again on fresh seeds, with the best fixed schedule among them.
+    """
+    stage, context = run.stage, run.subject.context
+    best = elites([t for t in scored if t.state == "complete" and run.counts(t)], stage.objective, stage.rescore)
+    fixed = elites([t for t in known if t.state == "complete" and run.counts(t)], stage.objective[:1], 1)
+    seeds = Seeds(role="rescore", base=context.recipe.seed, count=stage.rescore_samples)
+    pool = [(run.request(t.request.candidate, seeds), None) for t in (*best, *fixed)]
+    context.progress.phase("elites on fresh seeds", len(pool))
+    rescored = run.settle("rescore", pool)
+    complete = [t for t in rescored if t.state == "complete"]
+    if not complete:
+        raise UserError(_nothing(rescored, run.plans))
+    usual = next((t for t in complete if fixed and t.request.candidate == fixed[0].request.candidate), None)
+    members = (
+        elites(complete, stage.objective, len(complete)) if len(stage.objective) == 1 else front(complete, stage.objective)
+    )
+    if stage.pick is not None and stage.pick > len(members):
+        what = "elites" if len(stage.objective) == 1 else "members of the front"
+        raise UserError(
+            f"pick: {stage.pick}: there are {len(members)} {what}, counted from 1, the best {stage.objective[0]} first."
+        )
+    return members, stage.pick or default_pick(members, stage.objective, usual)
+
+
+def _report_on(run: _Search, members: list[Candidate], winner: Candidate, unseen: Seeds, folder: Path) -> None:
+    """Score on unseen seeds: what can be picked, the fixed schedules, and the winner's parts one by one."""
+    progress, subject = run.subject.context.progress, run.subject
+    asked = {candidate.digest(): candidate for candidate in (*members, *parts(winner).values())}
+    progress.phase("report on unseen seeds", len(asked) + len(run.plans.fixed))
+    run.settle("report", [(run.request(candidate, unseen), None) for candidate in asked.values()])
+    run.fixed("report", unseen)
+    if run.stores["search"].recall("winner", winner.plain()) != winner.plain():
+        (folder / "samples" / "searched.png").unlink(missing_ok=True)  # an earlier session picked another one
+    shown = {"searched": winner, **{name: Candidate(plan=plan) for name, plan in run.plans.fixed.items()}}
+    complete = {t.request.candidate.digest() for t in run.stores["report"].trials.values() if t.state == "complete"}
+    for name, candidate in shown.items():
         sheet = folder / "samples" / f"{name}.png"
-        request = Request(candidate=Candidate(plan=plan), seeds=unseen, origin=name)
-        (trial,) = settle("report", [(request, None)], last, replicates=True, sheet=sheet)
-        if trial.state == "complete" and not sheet.is_file():
-            last.draw_sheet(plan, unseen, sheet)
-
-    stopped = None if len(scored) >= stage.trials or not clock.over() else len(scored)
-    stores["search"].remember(winner=winner.canonical(), stopped=stopped)
-    built = _report.write(folder, stores)
-    manifest = Manifest(
-        parent=subject.model.ref,
-        model_hash=subject.model.fingerprint,
-        stage=stage_hash(stage, artifact_in, context) if stopped is None else f"stopped after {stopped} candidates",
-        made_by=stage.plain(),
-        measurements=built.winner.measurements,
-        versions={"lissom": __version__},
-    )
-    _report.write_reproduce(folder, winner, subject, unseen)
-    save(folder, manifest, winner)
-    return Artifact(ref=str(folder), plan=winner)
-
-
-def plans_of(subject: Subject, stage: SearchStage) -> Plans:
-    """The space of plans on this pipeline, its fixed schedules and its costs; UserError for what cannot be searched."""
-    from ..core import anatomy, cost, driving, spacing
-    from ..core.candidate import Scheduler
-    from ..search._space import Space
-
-    pipe = subject.model.pipe
-    scheduler = Scheduler.of(pipe.scheduler)
-    middle = max(1, pipe.scheduler.config.get("num_train_timesteps", 1000) // 2)
-    probe = SamplingPlan(scheduler=scheduler, steps=(Step(timestep=middle),))
-    driving.check(pipe, probe)  # refuses schedulers and pipelines that cannot follow any plan
-    times = spacing.times(pipe.scheduler)
-    subject.check_steps(stage.steps)
-    with subject.asking():
-        costs = cost.measure(pipe, {**subject.conditions.arguments(range(1)), **subject.call})
-    layers: dict[str, int] = {}
-    if "skips" in stage.space:
-        found = [layer.address for layer in anatomy.layers(subject.model.denoiser) if layer.kind in SKIPPABLE]
-        outermost = [a for a in found if not any(a.startswith(b + ".") for b in found)]
-        layers = {a: costs.layers[a] for a in outermost if costs.layers.get(a)}
-    space = Space(
-        scheduler=scheduler,
-        steps=stage.steps,
-        low=times.lowest,
-        high=times.highest,
-        whole=times.integer,
-        macs=costs.total,
-        layers=layers,
-        budget=stage.budget.get("macs", 1.0),
-    )
-    if space.cheapest() > space.budget:
-        raise UserError(
-            f"budget macs={space.budget:g}: cannot be met with {stage.steps} steps; the cheapest plan, which skips every "
-            f"layer that can be skipped, still costs {space.cheapest():.3f}. Raise the budget or lower --steps."
-        )
-    return Plans(space, spacing.fixed(pipe.scheduler, stage.steps), costs)
-
-
-def open_stores(stage: SearchStage, subject: Subject, evaluators: Mapping[str, str], folder: Path) -> dict[str, TrialStore]:
-    """The run's three studies, in its journal or in --storage. evaluators: the id of each study's evaluator."""
-    place, prefix = _place(folder, subject.context.options.storage, subject.context.run_id)
-    same = identity_of(
-        lissom=__version__,
-        model=subject.model.fingerprint,
-        stage=stage.plain(),
-        seed=subject.context.recipe.seed,
-        evaluation=subject.context.recipe.evaluate.plain(),
-        call=subject.call,
-        prompts=subject.conditions.hash,
-        device=subject.model.device.partition(":")[0],
-        dtype=subject.model.dtype,
-        chunk=subject.context.options.chunk,
-    )
-    return {
-        name: TrialStore.open(place, prefix + name, {**same, "evaluator": evaluators[name]}, evaluators[name], stage.objective)
-        for name in STUDIES
-    }
-
-
-def read_stores(folder: Path, storage: str | None, run_id: str) -> dict[str, TrialStore]:
-    """The studies of a run as they are, for a report: nothing is checked against a recipe, nothing can be added."""
-    place, prefix = _place(folder, storage, run_id)
-    if isinstance(place, Path) and not place.is_file():
-        raise UserError(f"{place}: not there; the search in {folder} has not started. Go on with `lissom run {folder}`.")
-    facts = TrialStore.read(place, prefix + "search", "").study.user_attrs.get("facts")
-    if facts is None:
-        raise UserError(f"{folder}: the search has not started yet. Go on with `lissom run {folder}`.")
-    return {name: TrialStore.read(place, prefix + name, facts["objective"]) for name in STUDIES}
-
-
-def _place(folder: Path, storage: str | None, run_id: str) -> tuple[str | Path, str]:
-    """Where a run's studies are, and what their names begin with there: many runs share one database."""
-    return (storage, f"{run_id}/{folder.resolve().name}/") if storage else (folder / "trials.journal", "")
-
-
-def check_objective(stage: SearchStage, context: Context, conditions: Conditions) -> None:
-    """The searched metric is measured, and so is another one where the images have captions or labels to measure it by."""
-    metrics = context.recipe.evaluate.metrics
-    measured = [part for name in metrics for part in methods.load("evaluate", name).parts]  # precision_recall gives recall, …
-    if stage.objective not in measured:
-        raise UserError(
-            f"objective {stage.objective!r} is not among what is measured, {', '.join(measured)}."
-            f"{methods.suggest(stage.objective, measured)}"
-        )
-    if len(metrics) < 2 and (conditions.caption(0) is not None or conditions.label(0) is not None):
-        raise UserError(
-            f"metrics: {metrics[0]} alone is what the search optimises. Add one that it does not, e.g. clip_score or accuracy, "
-            "so that the report can show both."
-        )
-
-
-def feasible(trial: Trial, plans: Plans, stage: SearchStage) -> bool:
-    plan = trial.request.candidate.plan
-    return plan is not None and plans.share(plan, stage.steps) <= plans.space.budget + 1e-9
-
-
-def _settle(
-    store: TrialStore,
-    requests: list[tuple[Request, int | None]],
-    evaluator: Evaluator,
-    progress: Any,
-    clock: Clock,
-    counts: Callable[[Trial], bool],  # whether a trial may be called the best so far
-    **extra: Any,
-) -> list[Trial]:
-    """Enqueue, claim, evaluate, tell: the same loop that a worker elsewhere runs. Answers come by key, in order."""
-    from torch import AcceleratorError
-
-    from ..core.driving import CannotFollow
-
-    keys = [store.propose(request, index) for request, index in requests]
-    for key in keys:
-        if key in store.trials:
-            progress.advance(_note(store, counts), fresh=False)
-    while not clock.over() and (claim := store.claim()):
-        began, sampler = time.monotonic(), evaluator.sampler
-        executed, served = sampler.calls, sampler.served
-        try:
-            score = evaluator.score(claim.request.candidate.plan, claim.request.seeds, **extra)
-        except AcceleratorError:
-            raise  # the device is lost, whatever the candidate: it stays in flight and is taken up again on resume
-        except (SamplingError, CannotFollow, RuntimeError, ValueError, LookupError, ArithmeticError) as e:
-            error = f"{type(e).__name__}: {one_line(e)}"
-            progress.warn(f"candidate {claim.trial.number} failed and is recorded as such: {error}")
-            calls, spared = sampler.calls - executed, sampler.served - served
-            store.tell(claim, error=error, calls=calls, plain_calls=calls + spared, seconds=time.monotonic() - began)
-        else:
-            store.tell(claim, score.measurements, calls=score.calls, plain_calls=score.plain_calls, seconds=score.seconds)
-        if claim.key in keys:  # the rest was proposed before an interruption, and belongs to a later phase
-            progress.advance(_note(store, counts))
-    return [store.trials[key] for key in keys if key in store.trials]
-
-
-def _note(store: TrialStore, counts: Callable[[Trial], bool]) -> str:
-    done = [t for t in store.trials.values() if t.state == "complete" and counts(t)]
-    if not done:
-        return ""
-    best = min(done, key=lambda t: t.value(store.objective)).measured(store.objective)
-    return f"best {best.label} {best.value:.4g}" if best else ""
+        if candidate.digest() in complete and not sheet.is_file():
+            with trimmed(subject.model, subject.sampler, candidate.plan, candidate.cuts) as plan:
+                draw_sheet(subject.sampler, plan, unseen, sheet)
 
 
 def _nothing(trials: list[Trial], plans: Plans) -> str:
@@ -299,7 +208,10 @@ def _nothing(trials: list[Trial], plans: Plans) -> str:
     if failed:
         which = "all" if len(failed) == len(trials) else "too many"
         return f"{which} candidates failed ({len(failed)} of {len(trials)}), the first with: {failed[0].error} No winner can be named."
+    said = ", ".join(f"{name}={most:g}" for name, most in plans.space.budget.items())
+    least = min(trials, key=lambda t: max(t.request.costs[name] / most for name, most in plans.space.budget.items()))
+    cheapest = ", ".join(f"{name}={least.request.costs[name]:.3f}" for name in plans.space.budget)
     return (
-        f"no candidate among {len(trials)} keeps the budget macs={plans.space.budget:g}. "
+        f"no candidate among {len(trials)} keeps the budget {said}; the cheapest was number {least.number} with {cheapest}. "
         "Give more --trials, a smaller stage_one, or a larger budget."
     )

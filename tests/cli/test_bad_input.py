@@ -29,8 +29,17 @@ from lissom.tests.workflow import small
         (["--scheduler", "PNDMScheduler"], "cannot follow a plan with PNDMScheduler"),
         (["--scheduler", "DDIM"], "scheduler DDIM: diffusers has no such class"),
         (["--budget", "macs=1.5"], "budget macs=1.5: must be above 0 and at most 1"),
-        (["--budget", "params=0.5"], "input should be 'macs', got 'params'"),
+        (["--budget", "flops=0.5"], "input should be 'macs', 'latency' or 'params', got 'flops'"),
+        (["--budget", "params=0.5"], "params: nothing in the space removes parameters. Add cuts to it"),
+        (
+            ["--budget", "macs=0.001"],
+            "the cheapest candidate, which skips all 38 layers that can be skipped in every step, still costs",
+        ),
         (["--space", "skips"], "space must contain timesteps"),
+        (["--objective", "energy"], "objective 'energy' is not among what is measured, fid, clip_score, nor a cost"),
+        (["--objective", "fid", "--objective", "latency:cuda"], "Costs are those of the machine that searches"),
+        (["--objective", "macs"], "a cost alone is least for a model that does nothing. Name a metric first"),
+        (["--warm-start", "nowhere"], "no report of a finished search there"),
         (["--prompts", "absent.txt"], "absent.txt: cannot read the prompts"),
         (["--call", "guidance=3"], "call.guidance: StableDiffusionPipeline takes no such argument"),
         (["--call", "guidance_scale=high"], "StableDiffusionPipeline refuses what it is given (TypeError"),
@@ -53,7 +62,12 @@ def test_a_search_that_cannot_be_is_refused_and_leaves_nothing(here: Path, words
 @pytest.mark.parametrize(
     ("method", "model", "says", "code"),
     [
-        ("evolution", "zoo:fashion", "no method 'evolution' in search/; there are autodiffusion, random_search", 2),
+        (
+            "evolution",
+            "zoo:fashion",
+            "no method 'evolution' in search/; there are autodiffusion, bayes, cmaes, nsga2, random_search",
+            2,
+        ),
         ("os.path", "zoo:fashion", "the module has no Config", 2),
         ("random_search", "zoo:fashin", "there are zoo:fashion, zoo:fashion-dit. Did you mean 'zoo:fashion'", 2),
         ("random_search", "./nowhere", "./nowhere: no such folder", 2),

@@ -137,8 +137,9 @@ def test_a_dry_run_says_the_cost_and_leaves_nothing(here: Path, as_json: bool) -
             found = json.loads(ended.stdout)
     if as_json:
         (stage,) = json.loads(lissom(*commands[0], "--json").stdout)["stages"]
-        # 4 fixed + 3 candidates, then 1 elite and the best fixed schedule, then the winner and 4 fixed: 4 images each
-        assert stage["images"] == 4 * (7 + 2 + 5) and stage["denoiser_calls"] == 2 * (7 + 2 + 5)
+        # 4 fixed + 3 candidates, then 1 elite and the best fixed schedule, then these two, the winner's parts (its timesteps, its
+        # skips) and 4 fixed: 4 images each
+        assert stage["images"] == 4 * (7 + 2 + 8) and stage["denoiser_calls"] == 2 * (7 + 2 + 8)
         scored = json.loads(lissom(*commands[1], "--json").stdout)
         assert scored["images"] == 1024 and scored["denoiser_calls"] == 1024 // 64 * 3 and scored["seconds"] > 0
         assert found["with"] == "the pipeline's default schedule" and found["denoiser_calls"] == 50

@@ -27,7 +27,7 @@ def fid(value: float) -> tuple[Measurement, ...]:
 
 
 def reopen(path: Path | str, **changes: str) -> TrialStore:
-    return TrialStore.open(path, "search", SAME | changes, "evaluator", "fid")
+    return TrialStore.open(path, "search", SAME | changes, "evaluator", ("fid",))
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_failures_are_kept_and_cost_infinity(journal: Path) -> None:
 
 
 def test_a_metric_where_higher_is_better_is_stored_as_a_cost(journal: Path) -> None:
-    store = TrialStore.open(journal, "search", SAME, "evaluator", "accuracy")
+    store = TrialStore.open(journal, "search", SAME, "evaluator", ("accuracy",))
     store.propose(request(900))
     claim = store.claim()
     assert claim is not None
@@ -189,10 +189,10 @@ def test_reading_writes_nothing_while_a_search_is_running(journal: Path) -> None
     claim = store.claim()
     before = journal.read_bytes() + b'{"op'
     journal.write_bytes(before)  # the other process is in the middle of a line
-    assert list(TrialStore.read(journal, "search", "fid").trials) == [key]
+    assert list(TrialStore.read(journal, "search", ("fid",)).trials) == [key]
     assert journal.read_bytes() == before
     with pytest.raises(UserError, match="holds no study 'rescore'"):
-        TrialStore.read(journal, "rescore", "fid")
+        TrialStore.read(journal, "rescore", ("fid",))
     journal.write_bytes(before[:-4])
     assert claim is not None
     store.tell(claim, fid(3.0))

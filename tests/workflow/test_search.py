@@ -119,7 +119,9 @@ def test_a_budget_gives_a_plan_within_it_with_skips(tmp_path: Path) -> None:
 
 
 def test_an_impossible_budget_names_the_cheapest_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"budget macs=0\.01: cannot be met with 2 steps; the cheapest plan, .* costs 0\.\d+"):
+    with pytest.raises(
+        UserError, match=r"budget macs=0\.01: cannot be met with 2 steps; the cheapest candidate, which .* costs 0\.\d+"
+    ):
         small.search(tmp_path / "run", small.text(budget={"macs": 0.01}))
     assert not (tmp_path / "run").exists()
 
@@ -299,7 +301,10 @@ def test_a_reference_too_small_for_the_report_is_refused_before_any_work(tmp_pat
         ({"steps": 2000}, "--steps 2000: DDIMScheduler was trained with 1000 timesteps"),
         ({"scheduler": "PNDMScheduler"}, "cannot follow a plan with PNDMScheduler"),
         ({"scheduler": "DDIMSchedulr"}, "diffusers has no such class. Did you mean 'DDIMScheduler'"),
-        ({"objective": "accurcy"}, "is not among what is measured, fid, accuracy. Did you mean 'accuracy'"),
+        (
+            {"objective": "accurcy"},
+            "is not among what is measured, fid, accuracy, nor a cost .*, macs, latency, params. Did you mean 'accuracy'",
+        ),
         ({"evaluate": {"metrics": ["fid"]}}, "fid alone is what the search optimises"),
         ({"evaluate": {"metrics": ["fid", "niqe"]}}, "no method 'niqe' in evaluate/"),
         ({"evaluate": {"features": "zoo:jury"}}, "no features 'zoo:jury'; .* Did you mean 'zoo:judge'"),

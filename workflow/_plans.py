@@ -1,0 +1,193 @@
+"""What may be searched on a model and what it costs: the space, its prices, its fixed schedules."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core import methods
+from ..core.candidate import Candidate, SamplingPlan, Step
+from ..core.conditions import Conditions
+from ..core.errors import UserError
+from ..core.stages import COSTS, SearchStage
+from ._gauge import Gauge
+from ._prune_job import gauge_of
+from ._sites import sites
+from ._subject import Subject
+from .context import Context
+
+if TYPE_CHECKING:
+    from ..core.cost import Costs
+    from ..report.schema import LatencyTable
+    from ..search._space import Price, Space
+
+SKIPPABLE = ("resnet", "attention", "transformer_block")  # AutoDiffusion's units: residual blocks and attention blocks
+
+
+@dataclass
+class Plans:
+    """What may be searched on this model, and what it costs."""
+
+    space: "Space"
+    fixed: dict[str, SamplingPlan]
+    costs: "Costs"
+    weigh: "_Weigh"
+    times: dict[str, Any] | None = None  # the latency table, where latency counts
+
+    def shares(self, candidate: Candidate) -> dict[str, float]:
+        """Every cost of a candidate as a share of the uncut run."""
+        genome = self.space.genome(candidate)
+        assert genome is not None, "candidates come from this space"
+        return self.space.shares(genome)
+
+    def feasible(self, costs: dict[str, float]) -> bool:
+        """Whether every budget holds."""
+        return all(costs[name] <= most + 1e-9 for name, most in self.space.budget.items())
+
+    def validated(self, stage: SearchStage, subject: Subject, folder: Path) -> "LatencyTable | None":
+        """How far predicted times are off, where latency counts."""
+        from . import _latency
+
+        if self.times is None:
+            return None
+        return _latency.validated(stage, subject, self.space, self.times, next(iter(self.fixed.values())), folder)
+
+
+class _Weigh:
+    """The gauge of a model, made when something asks for it: it takes a call of the pipeline."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+
+    @cached_property
+    def gauge(self) -> Gauge:
+        return gauge_of(self._subject)
+
+
+def plans_of(subject: Subject, stage: SearchStage, folder: Path | None = None) -> Plans:
+    """The space of candidates on this pipeline, its fixed schedules and its costs; UserError for what cannot be searched.
+
+    folder: keeps measured times. Without one they are measured for the moment.
+    """
+    from ..core import anatomy, cost, driving, spacing
+    from ..core.candidate import Scheduler
+    from ..core.driving.schedulers import evaluations
+    from ..search._space import Space
+    from . import _latency
+
+    pipe = subject.model.pipe
+    scheduler = Scheduler.of(pipe.scheduler)
+    middle = max(1, pipe.scheduler.config.get("num_train_timesteps", 1000) // 2)
+    probe = SamplingPlan(scheduler=scheduler, steps=(Step(timestep=middle),))
+    driving.check(pipe, probe)  # refuses schedulers and pipelines that cannot follow any plan
+    times = spacing.times(pipe.scheduler)
+    subject.check_steps(stage.steps)
+    with subject.asking():
+        costs = cost.measure(pipe, {**subject.conditions.arguments(range(1)), **subject.call})
+    layers: dict[str, int] = {}
+    if "skips" in stage.space:
+        found = [layer.address for layer in anatomy.layers(subject.model.denoiser) if layer.kind in SKIPPABLE]
+        outermost = [a for a in found if not any(a.startswith(b + ".") for b in found)]
+        layers = {a: costs.layers[a] for a in outermost if costs.layers.get(a)}
+    fixed = spacing.fixed(pipe.scheduler, stage.steps)
+    weigh = _Weigh(subject)
+    bare = Space(
+        scheduler=scheduler,
+        steps=stage.steps,
+        low=times.lowest,
+        high=times.highest,
+        whole=times.integer,
+        prices={},
+        layers=tuple(layers),
+        sites=sites(stage, weigh.gauge, subject.model.ref) if stage.cutting else (),
+        budget={str(name): most for name, most in stage.budget.items()},
+        evaluations=evaluations(next(iter(fixed.values()))),
+    )
+    wanted = {*stage.budget, *stage.objective}
+    prices = {"macs": _macs(costs, layers, bare, weigh)}
+    if bare.sites:
+        prices["params"] = _params(subject, bare, weigh)
+    elif "params" in wanted:
+        raise UserError("params: nothing in the space removes parameters. Add cuts to it: --space timesteps,skips,cuts.")
+    measured = None
+    if "latency" in wanted:
+        measured = _latency.table(stage, subject, weigh.gauge, next(iter(fixed.values())), folder)
+        prices["latency"] = _latency.price(measured, weigh.gauge, bare)
+    space = Space(**{**vars(bare), "prices": prices})
+    _reachable(space, stage)
+    return Plans(space, fixed, costs, weigh, measured)
+
+
+def _macs(costs: "Costs", layers: dict[str, int], space: "Space", weigh: _Weigh) -> "Price":
+    from ..search._space import Price
+
+    saved = {}
+    for choice in (choice for site in space.sites for choice in site):
+        alone = [costs.layers.get(cut.address) for cut in choice.cuts if cut.what == "remove"]
+        if len(alone) == len(choice.cuts) == 1 and alone[0] is not None:
+            saved[choice.name] = float(alone[0])
+        else:  # counted on one image without guidance's second half
+            gauge = weigh.gauge
+            saved[choice.name] = costs.total * (1 - gauge.after(choice.cuts)[1] / gauge.macs)
+    return Price(float(costs.total), {a: float(macs) for a, macs in layers.items()}, saved)
+
+
+def _params(subject: Subject, space: "Space", weigh: _Weigh) -> "Price":
+    from ..search._space import Price
+
+    saved = {c.name: float(weigh.gauge.params_saved(c.cuts)) for site in space.sites for c in site}
+    return Price(float(subject.model.parameters), {}, saved)
+
+
+def _reachable(space: "Space", stage: SearchStage) -> None:
+    """UserError for a budget that nothing satisfies; it names the cheapest candidate."""
+    for name, most in space.budget.items():
+        cheapest = space.cheapest(name)
+        least = space.share(cheapest, name)
+        if least > most:
+            cut = [choice.name for choice in space.chosen(cheapest)]
+            how = " and ".join(
+                [f"skips all {len(space.layers)} layers that can be skipped in every step"] * bool(space.layers)
+                + [f"makes {len(cut)} cuts ({', '.join(cut[:3])}{', …' if len(cut) > 3 else ''})"] * bool(cut)
+            )
+            more = "" if stage.cutting and space.layers else " or let the search leave more out (--space timesteps,skips,cuts)"
+            raise UserError(
+                f"budget {name}={most:g}: cannot be met with {stage.steps} steps; the cheapest candidate"
+                f"{f', which {how},' if how else ', with nothing to leave out,'} still costs {least:.3f}. "
+                f"Raise the budget, lower --steps{more}."
+            )
+
+
+def check_objectives(stage: SearchStage, context: Context, conditions: Conditions) -> None:
+    """What is searched is measured, or is a cost; the method can do it; another metric is measured that is not searched."""
+    module, metrics = methods.load("search", stage.method), context.recipe.evaluate.metrics
+    measured = [part for name in metrics for part in methods.load("evaluate", name).parts]  # precision_recall gives recall, …
+    for name in stage.objective:
+        if name not in measured and name not in COSTS:
+            here = (
+                ""
+                if name.partition(":")[0].partition("@")[0] not in COSTS
+                else (" Costs are those of the machine that searches: run the search where they matter.")
+            )
+            raise UserError(
+                f"objective {name!r} is not among what is measured, {', '.join(measured)}, nor a cost that is known here, "
+                f"{', '.join(COSTS)}.{here or methods.suggest(name, [*measured, *COSTS])}"
+            )
+    if len(stage.objective) > 1 and not getattr(module, "several", False):
+        can = ", ".join(n for n in methods.names("search") if getattr(methods.load("search", n), "several", False))
+        raise UserError(
+            f"{stage.method} searches one objective, not {len(stage.objective)}. Set a --budget for the others, or take one of {can}."
+        )
+    if len(stage.objective) < getattr(module, "least", 1):
+        raise UserError(f"{stage.method} looks for a front, which takes two objectives. Add one, e.g. --objective macs.")
+    varies = getattr(module, "varies", frozenset({"timesteps", "skips", "cuts"}))
+    foreign = [part for part in stage.space if part.replace("slim", "cuts") not in varies]
+    if foreign:
+        left = ",".join(part for part in stage.space if part not in foreign)
+        raise UserError(f"{stage.method} does not vary {' or '.join(foreign)}. Give --space {left}, or take another method.")
+    searched = [name for name in stage.objective if name not in COSTS]
+    if len(metrics) < 2 and len(searched) and (conditions.caption(0) is not None or conditions.label(0) is not None):
+        raise UserError(
+            f"metrics: {metrics[0]} alone is what the search optimises. Add one that it does not, e.g. clip_score or accuracy, "
+            "so that the report can show both."
+        )
