@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from . import _families_parts as parts
 from ._families_found import Found
 from ._families_parts import WIDTH
-from ._families_recipes import TEXTS, TOKENS, noise, picture, recipe_for
+from ._families_recipes import PICTURES, TEXTS, TOKENS, noise, picture, recipe_for
 
 ABSENT = re.compile(r"safety_checker|feature_extractor|image_encoder|(text_encoder|tokenizer)(_\d)?|.*processor")
 DENOISER = re.compile(r"unet|transformer|prior|decoder")
@@ -65,12 +65,14 @@ def arguments(found: Found, n: int) -> dict[str, Any]:
             given[name] = recipe.call[name](n)
         elif name not in recipe.leave and (value := _argument(name, n, recipe.size)) is not None:
             given[name] = value
+    if "image" in given and "image_embeds" in found.call and found.call["image_embeds"].default is None:
+        given.pop("image_embeds", None)  # one of them is enough
     if any("prompt_embeds" in name for name in given):
         given |= {"negative_prompt": None}
         if recipe.texts:
             given |= {"prompt": TEXTS[:n]}
     else:
-        given |= {k: TEXTS[:n] for k in ("prompt",) if k in found.call}
+        given = {"prompt": TEXTS[:n]} | given
     latent = '"latent"' in inspect.getsource(inspect.unwrap(found.cls.__call__))
     given["output_type"] = recipe.output or ("latent" if latent else "pt")
     return {k: v for k, v in given.items() if k in found.call}
@@ -95,6 +97,7 @@ def _argument(name: str, n: int, side: int) -> Any:
         "mask_image": torch.ones(n, 1, side, side),
         "control_mask": torch.ones(n, 1, side, side),
         "hint": picture(n, side),
+        "video": [PICTURES[0].resize((side, side))] * 5,
         "strength": 0.8,
         "batch_size": n,
         "class_labels": [1, 5, 7][:n],

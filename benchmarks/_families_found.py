@@ -40,10 +40,14 @@ def pipelines() -> tuple[Found, ...]:
     """Every class that diffusers exports under a name that ends in Pipeline, but for modular pipelines and the base."""
     import diffusers
 
+    before = diffusers.logging.get_verbosity()
     diffusers.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return tuple(_every(diffusers))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return tuple(_every(diffusers))
+    finally:
+        diffusers.logging.set_verbosity(before)
 
 
 def _every(diffusers: Any) -> Iterator[Found]:

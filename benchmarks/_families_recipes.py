@@ -157,7 +157,7 @@ K21 = K22 | {
 
 # Pattern of the name without "Pipeline" -> recipe; all that match apply, later ones over earlier ones.
 RECIPES: list[tuple[str, Recipe]] = [
-    (r".*XL.*", Recipe(config={"unet": parts.SDXL, "controlnet": parts.SDXL_CONTROL}) | EULER),
+    (r"(?!I2VGen).*XL.*", Recipe(config={"unet": parts.SDXL, "controlnet": parts.SDXL_CONTROL}) | EULER),
     (r"LatentConsistency.*", Recipe(config={"unet": {"time_cond_proj_dim": 8}})),
     (r"KandinskyV22.*", Recipe(config={"unet": K22})),
     (r"QwenImage.*|Cosmos2Text.*|Sana.*", Recipe(size=32)),
@@ -170,8 +170,12 @@ RECIPES: list[tuple[str, Recipe]] = [
     (r"StableDiffusion(XL)?Adapter", Recipe(config={"adapter": {"channels": [8, 16]}})),
     (r"StableDiffusionDepth2Img", Recipe(parts={"depth_estimator": lambda: None})),
     (r"StableDiffusionImageVariation|UnCLIPImageVariation", Recipe(parts={"image_encoder": parts.vision})),
-    (r"Marigold.*", Recipe(call={"processing_resolution": lambda n: 0})),
-    (r"LDMSuperResolution", Recipe(config={"unet": {"in_channels": 7, "out_channels": 4}})),
+    (r"Marigold.*", Recipe(config={"unet": {"in_channels": 8}}, call={"processing_resolution": lambda n: 0})),
+    (
+        r"StableDiffusion3Inpaint",
+        Recipe(config={"transformer": {"in_channels": 16, "out_channels": 16}, "vae": {"latent_channels": 16}}),
+    ),
+    (r"LDMSuperResolution", Recipe(config={"unet": {"in_channels": 6}, "vqvae": {"latent_channels": 3}})),
     (
         r"StableUnCLIPImg2Img",
         Recipe(
@@ -182,7 +186,7 @@ RECIPES: list[tuple[str, Recipe]] = [
     ),
     (r"PaintByExample", Recipe(call={"example_image": lambda n: picture(n, SIDE)})),
     (
-        r"LTX(ImageToVideo)?|Cog.*|Hunyuan.*Video.*|Mochi.*|Wan.*|SkyReels.*|Sana.*Video",
+        r"LTX.*|Cog.*|Hunyuan.*Video.*|Mochi.*|Wan.*|SkyReels.*|Sana.*Video",
         Recipe(size=32, call={"num_frames": lambda n: 5}),
     ),
     (r"Mochi", Recipe(call={"num_frames": lambda n: 7})),
@@ -245,7 +249,7 @@ RECIPES: list[tuple[str, Recipe]] = [
     ),
     (r"Kandinsky3.*", Recipe(call={k: lambda n: torch.ones(n, TOKENS) for k in ("attention_mask", "negative_attention_mask")})),
     (
-        r"Kandinsky5.*",
+        r"Kandinsky5(T2I|I2I)",
         Recipe(
             config={"vae": parts.deep(6)},
             call={

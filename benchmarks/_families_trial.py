@@ -101,7 +101,7 @@ Caller = Callable[..., Any]
 def _callable(row: Row, pipe: Any) -> Caller:
     """Calls the pipeline with two images, or with one if it takes no more. NotTried if neither works without a plan."""
     first: Exception | None = None
-    for n in (2, 1):
+    for n in (2, 1) if "video" not in row.found.call else (1,):
 
         def call(steps: int = ASKED[0], seed: int = 0, n: int = n) -> Any:
             torch.manual_seed(seed)

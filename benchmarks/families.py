@@ -66,7 +66,7 @@ def page(rows: list[Row]) -> str:
         for name, c in [*counts.items(), ("all", total)]
     ]
     text = INTRO.format(version=diffusers.__version__, machine=f"({_results.machine()})")
-    text += "\n" + _results.table(["makes", "pipelines", "tried", "searched", "cannot be", "not tried"], summary) + "\n"
+    text += "\n" + _results.table(["makes", "pipelines", "tried or refused", "searched", "no", "not tried"], summary) + "\n"
     for task in TASKS:
         mine = sorted((row for row in rows if row.found.task == task), key=lambda row: (row.denoiser or "~", row.found.name))
         text += f"\n## {task.capitalize()}\n\n{_results.table(HEAD, [_cells(row) for row in mine])}\n"

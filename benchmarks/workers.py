@@ -1,9 +1,10 @@
-"""What many workers bring and what a trial costs to keep: `python -m lissom.benchmarks.workers` (about half an hour).
+"""What many workers bring and what a trial costs to keep: `python -m lissom.benchmarks.workers` (about ten minutes).
 
 Candidates that take one second each and compute nothing, so that what is measured is the queue: candidates a minute with 1, 2
 and 4 workers, each a process, on a journal file and on PostgreSQL; then, in studies of 100 and of 20,000 trials, how long it
 takes to open the study, to queue a request, to claim one, and to tell a result. PostgreSQL is measured where LISSOM_STORAGE
 names a database that may be filled (postgresql://user@host/database); without one its rows are left out.
+`python -m lissom.tests.workflow.postgres python -m lissom.benchmarks.workers` lends it a server for the time being.
 """
 
 import argparse

@@ -35,6 +35,7 @@ def worker(
     dtype: Annotated[str | None, typer.Option("--dtype", help="The search's; another one is refused.")] = None,
     offload: o.Offload = "none",
     memo: o.Memo = 512,
+    memo_dir: o.MemoDir = None,
     trust_remote_code: o.TrustRemoteCode = False,
     lease: Annotated[
         str, typer.Option("--lease", metavar="60s", help="Without a sign of life for so long, others take its candidate over.")
@@ -64,7 +65,13 @@ def worker(
     lasts = o.seconds(lease, "--lease") or 0.0
     if lasts < 1:
         raise typer.BadParameter(f"{lease!r}: must be at least 1s.", param_hint="--lease")
-    options = Options(offload=offload, trust_remote_code=trust_remote_code, memo_mib=memo, max_time=o.seconds(max_time))
+    options = Options(
+        offload=offload,
+        trust_remote_code=trust_remote_code,
+        memo_mib=memo,
+        memo_dir=str(memo_dir.resolve()) if memo_dir else None,
+        max_time=o.seconds(max_time),
+    )
     terms = Terms(options, device, dtype, model, base, lasts, o.seconds(idle, "--idle"))
     with watch(quiet) as progress:
         outcome = work(where, study, terms, progress)

@@ -62,9 +62,11 @@ def pruned(stage: SearchStage, subject: Subject, plans: Plans, best: SamplingPla
             losses = Losses(model.pipe, calls, folder / "scores.jsonl", identity, progress)
         cuts = choose(job, losses, subject.context.recipe.seed, progress).cuts
         genome = plans.space.genome(Candidate(plan=best, cuts=cuts))
-        if genome is not None:
-            filled = plans.space.fill(genome, random.Random(subject.context.recipe.seed))  # half-way, skips do the rest
-            found.append((f"{stage.seeded_by}, {keep:.0%} of the MACs", filled))
+        if genome is None:
+            continue
+        if keep == goal:  # other budgets, of time or parameters, hold too
+            genome = plans.space.fill(genome, random.Random(subject.context.recipe.seed))
+        found.append((f"{stage.seeded_by}, {keep:.0%} of the MACs", genome))
     return found
 
 

@@ -30,6 +30,7 @@ REASONS = {
 }
 TOKENS = "its steps fill in tokens, there are no noise levels"
 EDM = "its noise levels run to 80, where those of a plan end at 1"
+FRAMES = "it steps every frame with a copy of the scheduler, each from another time"
 # By pipeline: what a model was trained with does not change with the scheduler that it is given.
 UNDRIVABLE = {
     "AmusedImg2ImgPipeline": TOKENS,
@@ -52,6 +53,9 @@ UNDRIVABLE = {
     "SanaSprintImg2ImgPipeline": REASONS["SCMScheduler"],
     "SanaSprintPipeline": REASONS["SCMScheduler"],
     "ScoreSdeVePipeline": "it corrects every step at noise levels of its own",
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": FRAMES,
+    "SkyReelsV2DiffusionForcingPipeline": FRAMES,
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": FRAMES,
     "StableCascadeDecoderPipeline": REASONS["DDPMWuerstchenScheduler"],
     "StableCascadePriorPipeline": REASONS["DDPMWuerstchenScheduler"],
     "StableDiffusionPanoramaPipeline": "it steps every part of the picture with a copy of the scheduler's state",

@@ -20,6 +20,8 @@ from lissom.tests.workflow import small
 from lissom.workflow import _settle, _work, worker
 from lissom.workflow._judges import Judge
 
+HELD = 3.0  # seconds of an evaluation while it is held up
+
 
 class Sampler:
     calls = served = 0
@@ -41,7 +43,7 @@ class Log:
 
     @property
     def hold(self) -> Path:
-        """While this file is there, no evaluation ends."""
+        """While this file is there, evaluations take seconds, so that others come to their turn."""
         return self.path.with_name("hold")
 
     def write(self, what: str, plan: Any, seeds: Any) -> None:
@@ -66,7 +68,8 @@ def slowly(log: Log, seconds: float, stuck: int = 0) -> Any:
     def score(self: Any, plan: Any, seeds: Any, **more: Any) -> Any:
         log.write("begin", plan, seeds)
         time.sleep(600 if log.count("begin", os.getpid()) == stuck else seconds)
-        while log.hold.exists():
+        until = time.monotonic() + HELD
+        while log.hold.exists() and time.monotonic() < until:
             time.sleep(0.02)
         made = small.pretended(self, plan, seeds, **more)
         log.write("end", plan, seeds)

@@ -1,10 +1,14 @@
-"""A PostgreSQL server of a test's own, on a free port of this machine, with a password that must never be seen."""
+"""A PostgreSQL server of a test's own, on a free port of this machine, with a password that must never be seen.
+
+`python -m lissom.tests.workflow.postgres COMMAND…` runs a command with such a server in LISSOM_STORAGE.
+"""
 
 import os
 import pwd
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -24,7 +28,8 @@ def binaries() -> Path | None:
 class Server:
     """Can be stopped and started again. Skips the test where it cannot run here."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, durable: bool = False) -> None:
+        """durable: writes wait for the disk, as they do in a real database."""
         pytest.importorskip("psycopg", reason="psycopg is not installed (pip install 'psycopg[binary]')")
         found = binaries()
         if found is None:
@@ -45,7 +50,7 @@ class Server:
         )
         (self.folder / "data" / "postgresql.auto.conf").open("a").write(
             f"port = {self.port}\nlisten_addresses = '127.0.0.1'\nunix_socket_directories = '{self.folder}'\n"
-            "fsync = off\nmax_connections = 60\nshared_buffers = '16MB'\n"
+            f"fsync = {'on' if durable else 'off'}\nmax_connections = 60\nshared_buffers = '16MB'\n"
         )
 
     @property
@@ -94,3 +99,17 @@ class Server:
             words, cwd=self.folder, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=60
         )
         assert ended.returncode == 0, (words, ended.stderr)
+
+
+def main() -> None:
+    server = Server(durable=True)
+    try:
+        server.start()
+        ended = subprocess.run(sys.argv[1:], check=False, env=os.environ | {"LISSOM_STORAGE": server.url})
+    finally:
+        server.remove()
+    sys.exit(ended.returncode)
+
+
+if __name__ == "__main__":
+    main()

@@ -46,6 +46,7 @@ class Crew:
         self.where, self.log = where, crew.Log(folder / "evaluations.jsonl")
         self.processes: list[subprocess.Popen[str]] = []
         self.said: list[Path] = []
+        self.log.hold.touch()
 
     def add(self, *own: str, more: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         words = [sys.executable, "-m", "lissom.tests.workflow.crew", self.where, str(self.log.path), str(SECONDS), *own, "--"]
@@ -132,13 +133,12 @@ def test_four_workers_one_killed_one_late_and_the_database_restarted(
         until(lambda: team.text().count("Waiting for it") == 3)  # started before the search, they wait for it
 
         def play() -> None:
-            until(lambda: team.log.count("begin", victim.pid) == 2)
-            team.log.hold.touch()  # until the late one is there
+            until(lambda: team.log.count("begin", victim.pid) == 2 and team.text().count("joined") == 3)
             victim.send_signal(signal.SIGKILL)
             late = team.add("elsewhere")
-            until(lambda: "joined" in team.said[-1].read_text())
+            until(lambda: team.log.count("begin", late.pid) == 1)
             team.log.hold.unlink()
-            until(lambda: team.log.count("end", late.pid) == 2)
+            until(lambda: team.log.count("end", late.pid) == 1)
             server.stop("immediate")
             time.sleep(1.5)
             server.start()
@@ -183,10 +183,9 @@ def test_on_a_journal_in_a_shared_folder_too(alone: Path, tmp_path: Path, monkey
 
         def play() -> None:
             until(lambda: team.log.count("begin", victim.pid) == 2)
-            team.log.hold.touch()
             victim.send_signal(signal.SIGKILL)
-            team.add()
-            until(lambda: "joined" in team.said[-1].read_text())
+            late = team.add()
+            until(lambda: team.log.count("begin", late.pid) == 1)
             team.log.hold.unlink()
 
         thread, failed = played(team, play)

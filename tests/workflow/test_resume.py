@@ -13,6 +13,7 @@ import pytest
 from lissom.cli.app import app
 from lissom.core.errors import UserError
 from lissom.tests.workflow import small
+from lissom.workflow import _searched
 from lissom.workflow import search as stage
 from lissom.workflow._evaluator import Evaluator
 from typer.testing import CliRunner
@@ -108,7 +109,7 @@ def test_killed_between_two_writes(tmp_path: Path, pretended: Path, monkeypatch:
 def test_killed_between_the_plan_and_the_manifest(tmp_path: Path, pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(stage, "save", dies(1, stage.save))
+        patch.setattr(_searched.artifact, "save", dies(1, _searched.artifact.save))
         small.search(out)
     for name in ("plan.json", "report.html", "samples/searched.png"):
         (out / name).unlink(missing_ok=True)
