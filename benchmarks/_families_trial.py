@@ -83,7 +83,7 @@ def _try(row: Row, saved_before: set[str]) -> None:
     denoiser = next(iter(denoisers(pipe).values()))
     offered = _skip(row, pipe, denoiser, plan, call)
     probe = _probe(pipe, plan, call)
-    _save(row, pipe, denoiser, _cut(row, pipe, denoiser, offered, plan, call, probe), probe, saved_before)
+    _save(row, pipe, denoiser, _cut(row, pipe, denoiser, offered, plan, call), probe, saved_before)
 
 
 def _built(found: Found) -> Any:
@@ -274,9 +274,7 @@ def _probe(pipe: Any, plan: SamplingPlan, call: Caller) -> dict[str, Any]:
     return {k: v for k, v in seen.items() if k != "return_dict" and isinstance(v, plain)}
 
 
-def _cut(
-    row: Row, pipe: Any, denoiser: Any, offered: list[Layer], plan: SamplingPlan, call: Caller, probe: dict[str, Any]
-) -> list[Cut]:
+def _cut(row: Row, pipe: Any, denoiser: Any, offered: list[Layer], plan: SamplingPlan, call: Caller) -> list[Cut]:
     """Cut one layer and run; of several the first that a stock config can express. Returns the cut."""
     cuts = [
         Cut(address=x.address, what="remove")
@@ -284,7 +282,8 @@ def _cut(
         if x.kind in ("transformer_block", "middle", "attention", "resnet")
     ]
     if not cuts:
-        traced = anatomy.traced(denoiser, lambda: denoiser(**probe))
+        with follow(pipe, plan):
+            traced = anatomy.traced(denoiser, call)
         cuts = [Cut(address=x.address, what="remove", value=x.returns) for x in traced]
     tries: list[tuple[Cut, str]] = []
     for cut in cuts[:12]:
@@ -304,7 +303,7 @@ def _cut(
     if working:
         row.saved = "own code"
         return [working[0][0]]
-    row.cut = tries[0][1].removeprefix("! ") if tries else "none found"
+    row.cut = f"no ({tries[0][1].removeprefix('! ')})" if tries else "none found"
     return []
 
 

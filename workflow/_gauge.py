@@ -48,6 +48,7 @@ class Gauge:
             first = next(self.denoiser.parameters())
             self.counted = self.denoiser if first.is_meta else _twin(self.denoiser)
         self.known = anatomy.layers(self.denoiser)
+        self._after: dict[tuple[Cut, ...], tuple[int, int]] = {}
         self.table = self._count()
         if anatomy.unlisted(self.denoiser) and not next(self.denoiser.parameters()).is_meta:
             self.known += anatomy.traced(self.denoiser, lambda: self.denoiser(**self.probe()))
@@ -79,11 +80,13 @@ class Gauge:
         return out
 
     def after(self, cuts: Sequence[Cut]) -> tuple[int, int]:
-        """(parameters, MACs) with cuts."""
+        """(parameters, MACs) with cuts. Counted once."""
         from ..core import surgery
 
-        with surgery.applied(self.counted, cuts):
-            return surgery.parameters(self.counted), self._count().total
+        if (key := tuple(cuts)) not in self._after:
+            with surgery.applied(self.counted, cuts):
+                self._after[key] = surgery.parameters(self.counted), self._count().total
+        return self._after[key]
 
     def params_saved(self, cuts: Sequence[Cut]) -> int:
         from ..core import surgery

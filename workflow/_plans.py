@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import methods
-from ..core.candidate import Candidate, SamplingPlan, Step
+from ..core.candidate import Candidate, Cut, SamplingPlan, Step
 from ..core.conditions import Conditions
 from ..core.errors import UserError
 from ..core.stages import COSTS, SearchStage
@@ -123,13 +123,20 @@ def _macs(costs: "Costs", layers: dict[str, int], space: "Space", weigh: _Weigh)
 
     saved = {}
     for choice in (choice for site in space.sites for choice in site):
-        alone = [costs.layers.get(cut.address) for cut in choice.cuts if cut.what == "remove"]
-        if len(alone) == len(choice.cuts) == 1 and alone[0] is not None:
-            saved[choice.name] = float(alone[0])
+        alone = [_saved(costs, cut) for cut in choice.cuts]
+        if all(macs is not None for macs in alone):
+            saved[choice.name] = float(sum(macs or 0 for macs in alone))
         else:  # counted on one image without guidance's second half
-            gauge = weigh.gauge
-            saved[choice.name] = costs.total * (1 - gauge.after(choice.cuts)[1] / gauge.macs)
+            saved[choice.name] = costs.total * (1 - weigh.gauge.after(choice.cuts)[1] / weigh.gauge.macs)
     return Price(float(costs.total), {a: float(macs) for a, macs in layers.items()}, saved)
+
+
+def _saved(costs: "Costs", cut: Cut) -> int | None:
+    """MACs that one cut saves, where the layers' own say so. Of an attention that is emptied only its blocks go."""
+    if cut.what == "remove":
+        return costs.layers.get(cut.address)
+    blocks = [macs for a, macs in costs.layers.items() if a.rpartition(".")[0] == f"{cut.address}.transformer_blocks"]
+    return sum(blocks) if cut.what == "replace" and blocks else None
 
 
 def _params(subject: Subject, space: "Space", weigh: _Weigh) -> "Price":
