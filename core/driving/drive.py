@@ -8,7 +8,7 @@ import torch
 
 from ..candidate import SamplingPlan
 from .memo import Memo, Remember
-from .refusals import check, check_pipeline
+from .refusals import check, check_watched
 from .run import Run
 from .schedulers import follower, watching
 from .skip import skip
@@ -43,7 +43,7 @@ def follow(pipe: Any, plan: SamplingPlan, *, memo: Memo | None = None, context: 
 @contextlib.contextmanager
 def watch(pipe: Any) -> Iterator[Run]:
     """Inside this context calls of `pipe` run as they are, with any scheduler; the run counts them and keeps the last sample."""
-    check_pipeline(pipe)
+    check_watched(pipe)
     scheduler, run = pipe.scheduler, Run()
     cls: Any = type(scheduler)
     try:

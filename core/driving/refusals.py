@@ -76,9 +76,19 @@ def check(pipe: Any, plan: SamplingPlan) -> None:
 
 
 def check_pipeline(pipe: Any) -> None:
+    """Raise CannotFollow for a pipeline that follows no plan, whatever it is."""
+    check_watched(pipe)
     name = type(pipe).__name__
     if name in UNDRIVABLE:
         raise CannotFollow(f"lissom cannot drive a {name}: {UNDRIVABLE[name]}.")
+    slicing = getattr(type(pipe), "get_timesteps", None)
+    if slicing is not None and "num_inference_steps" not in list(inspect.signature(slicing).parameters)[:2]:
+        raise CannotFollow(f"lissom cannot drive a {name}: its get_timesteps{inspect.signature(slicing)} cuts sigmas itself.")
+
+
+def check_watched(pipe: Any) -> None:
+    """Raise CannotFollow for a pipeline that cannot even be watched as it runs its own schedule."""
+    name = type(pipe).__name__
     inner = [attribute for attribute, value in vars(pipe).items() if isinstance(value, diffusers.DiffusionPipeline)]
     if inner:
         raise CannotFollow(f"{name} only calls other pipelines. Drive the inner pipeline ({', '.join(inner)}).")
@@ -88,9 +98,6 @@ def check_pipeline(pipe: Any) -> None:
         raise CannotFollow(f"lissom cannot drive a {name}: it has not {wanted}.")
     if any("_lissom" in vars(thing) for thing in (pipe.scheduler, *found.values())):
         raise CannotFollow("this pipeline (or one that shares its denoiser) is already following a plan. Leave that first.")
-    slicing = getattr(type(pipe), "get_timesteps", None)
-    if slicing is not None and "num_inference_steps" not in list(inspect.signature(slicing).parameters)[:2]:
-        raise CannotFollow(f"lissom cannot drive a {name}: its get_timesteps{inspect.signature(slicing)} cuts sigmas itself.")
 
 
 def check_scheduler(pipe: Any, plan: SamplingPlan) -> None:
@@ -117,18 +124,30 @@ def check_scheduler(pipe: Any, plan: SamplingPlan) -> None:
     if own is not None and (own == "flow") != (kind == "flow"):
         trained = "flow matching" if own == "flow" else "a variance-preserving schedule"
         raise CannotFollow(f"the plan's {name} does not fit the pipeline, whose model was trained with {trained}.")
+    if "scheduler.scale_noise(" in (_source(pipe) or "") and not hasattr(getattr(diffusers, name), "scale_noise"):
+        raise CannotFollow(
+            f"{type(pipe).__name__} noises its images with scale_noise, which {name} does not have. "
+            "Use a plan with FlowMatchEulerDiscreteScheduler."
+        )
 
 
 def _scales(pipe: Any) -> bool:
     """Whether the pipeline works in a scheduler's own scale, where noise is sigma times larger (Euler's is not 0..1)."""
+    source = _source(pipe)
+    if source is None:
+        return True  # nothing to go by
+    return "scale_model_input" in source and ("init_noise_sigma" in source or "add_noise" in source)
+
+
+def _source(pipe: Any) -> str | None:
+    """The text of a pipeline's class and those that it builds on; None where there is none, as in a frozen application."""
     classes = [
         c for c in type(pipe).__mro__ if issubclass(c, diffusers.DiffusionPipeline) and c is not diffusers.DiffusionPipeline
     ]
     try:
-        source = "".join(inspect.getsource(sys.modules[c.__module__]) for c in classes)
-    except OSError:  # no source, as in a frozen application: nothing to go by
-        return True
-    return "scale_model_input" in source and ("init_noise_sigma" in source or "add_noise" in source)
+        return "".join(inspect.getsource(sys.modules[c.__module__]) for c in classes)
+    except OSError:
+        return None
 
 
 def check_times(plan: SamplingPlan) -> None:

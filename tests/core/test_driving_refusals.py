@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-from diffusers import DDIMScheduler, DiffusionPipeline, KDPM2DiscreteScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, KDPM2DiscreteScheduler, StableDiffusion3Img2ImgPipeline
 from lissom.core.candidate import SamplingPlan, Scheduler, Step
-from lissom.core.driving import CannotFollow, check, follow
+from lissom.core.driving import CannotFollow, check, follow, watch
 from lissom.core.errors import USAGE
 from lissom.tests.core import tiny
 
@@ -116,3 +116,29 @@ def test_options_of_another_scheduler_are_refused_unless_off() -> None:
 def test_null_in_a_saved_config_means_the_default() -> None:
     saved = Scheduler(name="DPMSolverMultistepScheduler", config={"lambda_min_clipped": None, "solver_order": 2})
     check(tiny.shared("sd"), plan(saved, 500, 100))
+
+
+def test_what_follows_no_plan_can_still_be_watched() -> None:
+    pipe = tiny.sd()
+
+    class LEditsPPPipelineStableDiffusion(type(pipe)):  # type: ignore[misc]  named like one that is refused
+        pass
+
+    pipe.__class__ = LEditsPPPipelineStableDiffusion
+    with pytest.raises(CannotFollow, match="cannot drive a LEditsPPPipelineStableDiffusion: it computes its own stride"):
+        check(pipe, plan(DDIM, 5))
+    with watch(pipe) as run:
+        pipe(prompt="a shoe", num_inference_steps=2, **tiny.size())
+    assert run.calls == 2
+
+
+def test_image_to_image_of_flow_matching_needs_a_solver_that_scales_noise() -> None:
+    pipe = tiny.sd3(StableDiffusion3Img2ImgPipeline)
+    solver = Scheduler(
+        name="DPMSolverMultistepScheduler", config={"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    )
+    with pytest.raises(
+        CannotFollow, match="noises its images with scale_noise, which DPMSolverMultistepScheduler does not have"
+    ):
+        check(pipe, plan(solver, 500, 100))
+    check(pipe, plan(FLOW, 500, 100))
