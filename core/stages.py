@@ -37,7 +37,7 @@ class SearchStage(Data):
     control: bool = False  # correct values by what the best fixed schedule does on the same seeds (control variate)
     settings: dict[str, Any] = Field(default_factory=dict)  # the method's Config, validated
 
-    @field_validator("objective", mode="before")
+    @field_validator("objective", mode="before", json_schema_input_type=str | tuple[str, ...])
     @classmethod
     def _several(cls, objective: Any) -> Any:
         return (objective,) if isinstance(objective, str) else objective

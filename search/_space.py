@@ -116,10 +116,15 @@ class Space:
 
     def cost(self, genome: Genome, name: str = "macs") -> float:
         """Of all steps, per image."""
-        price = self.prices[name]
-        one = price.whole - sum(price.choices[choice.name] for choice in self.chosen(genome))
+        price, chosen = self.prices[name], self.chosen(genome)
+        one = price.whole - sum(price.choices[choice.name] for choice in chosen)
+        # Of a layer that has lost a part, skipping saves what is left of it.
+        gone: dict[str, float] = {}
+        for choice in chosen:
+            for a in {a for a in self.layers if all(_within(b, a) for b in choice.lost)}:
+                gone[a] = gone.get(a, 0.0) + price.choices[choice.name]
         return price.beside + sum(
-            count * (one - sum(price.layers.get(a, 0.0) for a in step.skip))
+            count * (one - sum(price.layers.get(a, 0.0) - gone.get(a, 0.0) for a in step.skip))
             for count, step in zip(self._counts, genome.steps, strict=True)
         )
 
@@ -142,20 +147,30 @@ class Space:
         return {name: excess for name, excess in over.items() if excess > 1e-9}
 
     def cheapest(self, name: str) -> Genome:
-        """The candidate that skips every layer and cuts what saves most of a cost. Its timesteps mean nothing."""
-        price = self.prices[name]
-        shape = []
-        for site in self.sites:
-            best = max(range(len(site)), key=lambda i: price.choices[site[i].name])
-            shape.append(best + 1 if price.choices[site[best].name] > 0 else 0)
+        """The candidate that skips every layer and cuts what saves most of a cost, of options that exclude each other the larger
+        first. Its timesteps mean nothing."""
+        price, shape, lost = self.prices[name], [0] * len(self.sites), set[str]()
+        options = [
+            (price.choices[choice.name], k, pick) for k, site in enumerate(self.sites) for pick, choice in enumerate(site, 1)
+        ]
+        for saved, k, pick in sorted(options, reverse=True):
+            gone = self.sites[k][pick - 1].lost
+            if saved > 0 and not shape[k] and not any(_within(a, b) or _within(b, a) for a in gone for b in lost):
+                shape[k] = pick
+                lost |= gone
         times = [self.snap(self.high - i * self.grid) for i in range(self.steps)]
         return self.consistent(Genome(tuple(Step(timestep=t, skip=self.layers) for t in times), tuple(shape)))
 
     def fill(self, genome: Genome, rng: random.Random) -> Genome:
         """Skip further layers and make further cuts, drawn at random among those that save something of a budget that does not
-        hold yet, until every budget holds or nothing is left to leave out."""
+        hold yet, until every budget holds. Where earlier choices exclude what would, the cuts that save most take their place."""
+        last = False
         while broken := self.broken(genome):
             ways = self._ways(genome, broken)
+            if not ways and not last:
+                last, most = True, max(broken, key=lambda name: broken[name])
+                genome = self.consistent(Genome(genome.steps, self.cheapest(most).shape))
+                continue
             if not ways:
                 return genome
             rng.shuffle(ways)

@@ -94,13 +94,15 @@ def search(task: Task, config: Config, rng: random.Random) -> Generator[list[Req
             return  # all trials are spent, or nothing new can be found: the space is exhausted
         left -= len(new)
         trials = yield batch
-        _keep(archive, task, trials)
+        _keep(archive, task, trials, within=second)
         batch = []
         proposals = _breed(archive, toolbox, space, config, rng, second, fresh) if left else []
 
 
-def _keep(archive: Any, task: Task, trials: Iterable[Trial]) -> None:
-    archive.update([_Individual(genome, -values[0]) for genome, values in task.scored(trials)])
+def _keep(archive: Any, task: Task, trials: Iterable[Trial], *, within: bool = False) -> None:
+    """within: only what keeps the budget."""
+    scored = task.scored(trials)
+    archive.update([_Individual(genome, -values[0]) for genome, values in scored if not within or task.space.fits(genome)])
 
 
 def _filled(archive: Any, space: Space, rng: random.Random) -> list[tuple[str, Genome]]:
@@ -131,7 +133,7 @@ def _breed(
     def add(origin: str, count: int, make: Any) -> None:
         done = 0
         for _ in range(10 * count):  # at most ten attempts each, as the released loop
-            if done < count and not fresh.knows(genome := make()) and here.take(genome):
+            if done < count and not fresh.knows(genome := make()) and (not second or space.fits(genome)) and here.take(genome):
                 made.append((origin, genome))
                 done += 1
 

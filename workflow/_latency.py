@@ -4,6 +4,7 @@ The table is for one batch, image size, device and data type. How far the sums a
 are run through the whole pipeline, in turns with the uncut run.
 """
 
+import hashlib
 import random
 import statistics
 import time
@@ -12,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.candidate import SamplingPlan
+from ..core.candidate import SamplingPlan, canonical
+from ..core.errors import UserError
 from ..core.stages import SearchStage
 from ..report.schema import LatencyTable
 from ._evaluator import trimmed
@@ -24,7 +26,7 @@ from ._subject import Subject
 if TYPE_CHECKING:
     from ..search._space import Price, Space
 
-FILE = "latency.json"
+TABLE, CHECKED = "latency-table", "latency-checked"  # files in the run's folder, one for each set of conditions
 CANDIDATES, TURNS = 6, 5  # random candidates that predictions are compared with, and how often each is timed
 
 
@@ -36,6 +38,11 @@ def table(stage: SearchStage, subject: Subject, gauge: Gauge, uncut: SamplingPla
     from ..core import calibration
 
     model, batch = subject.model, stage.latency_batch
+    if not gauge.sized:
+        raise UserError(
+            f"latency: inputs of any batch size cannot be made up for {type(gauge.denoiser).__name__}, so that its layers cannot be "
+            "timed. Use macs."
+        )
 
     def make() -> dict[str, Any]:
         first = next(gauge.denoiser.parameters())
@@ -57,7 +64,7 @@ def table(stage: SearchStage, subject: Subject, gauge: Gauge, uncut: SamplingPla
         model.dtype,
         uncut.plain(),
     ]
-    found = make() if folder is None else kept(folder / FILE, conditions, make)
+    found = make() if folder is None else kept(_file(folder, TABLE, conditions), conditions, make)
     return dict(found)
 
 
@@ -94,7 +101,7 @@ def validated(
         return [statistics.median(a / b for a, b in zip(own, whole, strict=True)) for own in others]
 
     conditions = [model.fingerprint, batch, predicted, model.device.partition(":")[0], model.dtype]
-    shares = kept(folder / "latency-validation.json", conditions, make) if genomes else []
+    shares = kept(_file(folder, CHECKED, conditions), conditions, make) if genomes else []
     return LatencyTable(
         batch=batch,
         device=model.device,
@@ -104,6 +111,11 @@ def validated(
         predicted=tuple(predicted),
         measured=tuple(shares),
     )
+
+
+def _file(folder: Path, kind: str, conditions: list[Any]) -> Path:
+    """Other conditions have another file: a call that is refused afterwards must not take the table of the run away."""
+    return folder / f"{kind}-{hashlib.sha256(canonical(conditions).encode()).hexdigest()[:12]}.json"
 
 
 def _run(subject: Subject, plan: SamplingPlan, batch: int, cuts: Any = ()) -> Callable[[], float]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from ..core import artifact
 from ..core.candidate import Candidate, SamplingPlan, Step
 from ..core.errors import UserError, one_line
 from ..core.stages import PruneStage, SearchStage
@@ -64,7 +65,7 @@ def pruned(stage: SearchStage, subject: Subject, plans: Plans, best: SamplingPla
         genome = plans.space.genome(Candidate(plan=best, cuts=cuts))
         if genome is None:
             continue
-        if keep == goal:  # other budgets, of time or parameters, hold too
+        if keep == goal or goal is None:  # budgets of time and parameters hold too
             genome = plans.space.fill(genome, random.Random(subject.context.recipe.seed))
         found.append((f"{stage.seeded_by}, {keep:.0%} of the MACs", genome))
     return found
@@ -85,7 +86,7 @@ def warm(stage: SearchStage, context: Context, space: "Space", folder: Path) -> 
 
 def _best(run: str, context: Context, space: "Space") -> "Opening":
     path = Path(context.file(run))
-    path = path / "report.json" if path.is_dir() else path
+    path = artifact.finished(path) / "report.json" if path.is_dir() else path
     try:
         report = SearchReport.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValidationError) as e:

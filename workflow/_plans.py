@@ -1,5 +1,6 @@
 """What may be searched on a model and what it costs: the space, its prices, its fixed schedules."""
 
+import random
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from ..search._space import Price, Space
 
 SKIPPABLE = ("resnet", "attention", "transformer_block")  # AutoDiffusion's units: residual blocks and attention blocks
+
+
+FOUND = 50  # random candidates, of which one at least has to keep all budgets together
 
 
 @dataclass
@@ -115,6 +119,7 @@ def plans_of(subject: Subject, stage: SearchStage, folder: Path | None = None) -
         prices["latency"] = _latency.price(measured, weigh.gauge, bare)
     space = Space(**{**vars(bare), "prices": prices})
     _reachable(space, stage)
+    _together(space)
     return Plans(space, fixed, costs, weigh, measured)
 
 
@@ -165,6 +170,22 @@ def _reachable(space: "Space", stage: SearchStage) -> None:
             )
 
 
+def _together(space: "Space") -> None:
+    """UserError for budgets that hold one by one, and by no candidate together that could be found."""
+    if len(space.budget) < 2:
+        return
+    rng = random.Random(0)
+    tried = [space.cheapest(name) for name in space.budget]
+    tried += [space.fill(space.random_times(rng), rng) for _ in range(FOUND)]
+    if not any(space.fits(genome) for genome in tried):
+        said = ", ".join(f"{name}={most:g}" for name, most in space.budget.items())
+        best = min(tried, key=lambda genome: max(space.broken(genome).values()))
+        costs = ", ".join(f"{name}={space.share(best, name):.3f}" for name in space.budget)
+        raise UserError(
+            f"budget {said}: no candidate was found that keeps all of it; the nearest one costs {costs}. Raise one of them."
+        )
+
+
 def check_objectives(stage: SearchStage, context: Context, conditions: Conditions) -> None:
     """What is searched is measured, or is a cost; the method can do it; another metric is measured that is not searched."""
     module, metrics = methods.load("search", stage.method), context.recipe.evaluate.metrics
@@ -192,9 +213,12 @@ def check_objectives(stage: SearchStage, context: Context, conditions: Condition
     if foreign:
         left = ",".join(part for part in stage.space if part not in foreign)
         raise UserError(f"{stage.method} does not vary {' or '.join(foreign)}. Give --space {left}, or take another method.")
-    searched = [name for name in stage.objective if name not in COSTS]
-    if len(metrics) < 2 and len(searched) and (conditions.caption(0) is not None or conditions.label(0) is not None):
+    free = [name for name in metrics if not set(methods.load("evaluate", name).parts) & set(stage.objective)]
+    if not free and (conditions.caption(0) is not None or conditions.label(0) is not None):
+        alone = "alone is" if len(metrics) == 1 else "are"
         raise UserError(
-            f"metrics: {metrics[0]} alone is what the search optimises. Add one that it does not, e.g. clip_score or accuracy, "
-            "so that the report can show both."
+            f"metrics: {' and '.join(metrics)} {alone} what the search optimises. Add one that it does not, e.g. clip_score or "
+            "accuracy, so that the report can show both."
         )
+    if stage.cutting and stage.seeded_by is not None:
+        methods.load("prune", stage.seeded_by)  # refuses an unknown one

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..core.candidate import Seeds
 from ..core.stages import SearchStage
+from . import _opening
 from ._plans import check_objectives, plans_of
 from ._screen import SCREENED
 from ._subject import Subject
@@ -23,6 +24,8 @@ def estimate(stage: SearchStage, ref: str, context: Context) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
             subject.evaluator("report", Path(scratch))  # what cannot be scored is refused here too
     plans = plans_of(subject, stage)
+    with tempfile.TemporaryDirectory() as scratch:
+        _opening.warm(stage, context, plans.space, Path(scratch))  # refuses what is no finished search
     fixed = len(plans.fixed)
     work = [  # (evaluations, images each)
         (fixed, stage.samples),

@@ -1,5 +1,6 @@
 """What a search leaves behind: the plan, the cut model where the model was cut, reports, a script, and the manifest last."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -26,6 +27,11 @@ def check(stage: SearchStage, subject: Subject, folder: Path) -> None:
     """UserError for models and folders that a cut model could not be saved from or to. Asked before any work."""
     if stage.cutting:
         export.check(subject.model, folder / artifact.MODEL)
+
+
+def reopen(folder: Path) -> None:
+    """The stage is not finished any more: what is there may be of another pick than what comes now."""
+    (folder / artifact.MANIFEST).unlink(missing_ok=True)
 
 
 def finish(
@@ -87,9 +93,11 @@ def _with_model(model: Path, of_stage: Manifest, report: SearchReport, subject: 
 
 def _remove_model(folder: Path) -> None:
     """The cut model of another pick, which an earlier session left."""
-    model = folder / artifact.MODEL
+    model, gone = folder / artifact.MODEL, folder / f".{artifact.MODEL}.gone"
+    shutil.rmtree(gone, ignore_errors=True)  # half of one, which a killed process left
     if not model.is_dir():
         return
     if artifact.manifest(model) is None:
         raise UserError(f"{model}: is no model that lissom made, so that it is not removed. Move it, or choose another --out.")
-    shutil.rmtree(model)
+    os.replace(model, gone)  # whole or not at all: half a model would stand in the way of the next
+    shutil.rmtree(gone)

@@ -11,6 +11,7 @@ from ..core.store import TrialStore, identity_of
 from ._subject import Subject
 
 SHOWN = ("search", "rescore", "report")  # the studies that a report is made of
+SCREEN = "screen"  # and one more, where candidates were screened
 
 
 def open_stores(stage: SearchStage, subject: Subject, evaluators: Mapping[str, str], folder: Path) -> dict[str, TrialStore]:
@@ -48,7 +49,8 @@ def read_stores(folder: Path, storage: str | None, run_id: str) -> dict[str, Tri
     facts = TrialStore.read(there, prefix + "search", ("",)).recall("facts")
     if facts is None:
         raise UserError(f"{folder}: the search has not started yet. Go on with `lissom run {folder}`.")
-    return {name: TrialStore.read(there, prefix + name, (facts["objective"],)) for name in SHOWN}
+    names = [name for name in (*SHOWN, SCREEN) if name in SHOWN or prefix + name in there.studies]
+    return {name: TrialStore.read(there, prefix + name, (facts["objective"],)) for name in names}
 
 
 def _place(folder: Path, storage: str | None, run_id: str) -> tuple[str | Path, str]:

@@ -61,6 +61,7 @@ def run(recipe: Recipe, text: str, out: Path, context: Context, *, resume: bool,
             }
             write_text(out / ENVIRONMENT, json.dumps(record, indent=2) + "\n")
             made = _stages(recipe, out, replace(context, run_id=record["id"]), single)
+            write_text(out / "recipe.yaml", text)
             if context.options.push_to_hub:
                 _push(made, context)
             return made
@@ -103,16 +104,29 @@ def stage_folder(out: Path, number: int, stage: Stage, single: bool) -> Path:
 
 
 def _keep_recipe(kept: Path, text: str) -> None:
-    """Write recipe.yaml; UserError where another recipe's is there. One that differs by what it picks is the same search."""
-    if kept.is_file():
-        before = kept.read_text(encoding="utf-8").splitlines()
-        if before != text.splitlines() and _but_pick("\n".join(before)) != _but_pick(text):
-            new = next((line.strip() for line in text.splitlines() if line not in before), "fewer lines")
-            raise UserError(
-                f"{kept}: this folder holds the run of another recipe (this one has: {new}). Choose another --out folder, "
-                "or give the settings that it was started with."
-            )
-    write_text(kept, text)
+    """Write recipe.yaml; UserError where another recipe's is there. One that picks another member is the same search.
+
+    That one is written when it has led to something: until then the run is what it was.
+    """
+    if not kept.is_file():
+        write_text(kept, text)
+        return
+    before = kept.read_text(encoding="utf-8")
+    if before.splitlines() == text.splitlines():
+        return
+    if _but_pick(before) != _but_pick(text):
+        new = next((line.strip() for line in text.splitlines() if line not in before.splitlines()), "fewer lines")
+        raise UserError(
+            f"{kept}: this folder holds the run of another recipe (this one has: {new}). Choose another --out folder, "
+            "or give the settings that it was started with."
+        )
+    old, new_stages = (yaml.safe_load(one)["stages"] for one in (before, text))
+    changed = [n for n, (a, b) in enumerate(zip(old, new_stages, strict=True), 1) if a.get("pick") != b.get("pick")]
+    if changed and changed[0] < len(old):
+        raise UserError(
+            f"{kept}: stage {changed[0]} picks another member, but the stages after it were made from the earlier one. "
+            "Choose another --out folder."
+        )
 
 
 def _but_pick(text: str) -> Any:

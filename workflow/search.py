@@ -108,6 +108,7 @@ def run_stage(stage: SearchStage, artifact_in: Artifact, folder: Path, context: 
     known = run.fixed("search", seeds)
     scored, stopped = _propose(run, module, config, known, seeds, warm, folder)
     members, pick = _members(run, scored, known)
+    _searched.reopen(folder)
     winner = members[pick - 1].request.candidate
 
     # Unseen seeds and unseen reference images, the same for all.
@@ -165,15 +166,16 @@ def _members(run: _Search, scored: list[Trial], known: list[Trial]) -> tuple[lis
     """
     stage, context = run.stage, run.subject.context
     best = elites([t for t in scored if t.state == "complete" and run.counts(t)], stage.objective, stage.rescore)
-    fixed = elites([t for t in known if t.state == "complete" and run.counts(t)], stage.objective[:1], 1)
+    fixed = elites([t for t in known if t.state == "complete"], stage.objective[:1], 1)  # to compare with, whatever it costs
     seeds = Seeds(role="rescore", base=context.recipe.seed, count=stage.rescore_samples)
     pool = [(run.request(t.request.candidate, seeds), None) for t in (*best, *fixed)]
     context.progress.phase("elites on fresh seeds", len(pool))
     rescored = run.settle("rescore", pool)
     complete = [t for t in rescored if t.state == "complete"]
-    if not complete:
+    if not any(run.counts(t) for t in complete):
         raise UserError(_nothing(rescored, run.plans))
     usual = next((t for t in complete if fixed and t.request.candidate == fixed[0].request.candidate), None)
+    complete = [t for t in complete if run.counts(t)]
     members = (
         elites(complete, stage.objective, len(complete)) if len(stage.objective) == 1 else front(complete, stage.objective)
     )
@@ -209,6 +211,8 @@ def _nothing(trials: list[Trial], plans: Plans) -> str:
         which = "all" if len(failed) == len(trials) else "too many"
         return f"{which} candidates failed ({len(failed)} of {len(trials)}), the first with: {failed[0].error} No winner can be named."
     said = ", ".join(f"{name}={most:g}" for name, most in plans.space.budget.items())
+    if not trials:
+        return f"no candidate was found that keeps the budget {said}. Raise it, or let the search leave more out (--space)."
     least = min(trials, key=lambda t: max(t.request.costs[name] / most for name, most in plans.space.budget.items()))
     cheapest = ", ".join(f"{name}={least.request.costs[name]:.3f}" for name in plans.space.budget)
     return (

@@ -1,10 +1,11 @@
 """The space: what genomes go out as, what excludes what, and what it all costs."""
 
 import random
+from dataclasses import replace
 
 import pytest
-from lissom.core.candidate import Candidate, Cut, SamplingPlan, Step
-from lissom.search._space import Genome, toggled
+from lissom.core.candidate import Candidate, Cut, SamplingPlan, Scheduler, Step
+from lissom.search._space import Choice, Genome, Price, Space, toggled
 from lissom.tests.search.landscape import LAYERS, plain, space
 
 
@@ -121,3 +122,27 @@ def test_timesteps_snap_to_what_the_scheduler_takes():
     assert [space().snap(t) for t in (-3, 2.4, 1e6)] == [0.0, 2.0, 999.0]
     flow = space(whole=False, high=1000.0)
     assert flow.snap(0.2) == 1.0 and flow.snap(500.123456) == 500.1235 and flow.grid == 0.999
+
+
+def excluding():
+    """Two sites of which the first's option is small and excludes the second's large one; a layer holds a block that can be cut."""
+    small = Choice("small", (Cut(address="inner.0.pair", what="remove"),), frozenset({"inner.0"}))
+    large = Choice("large", (Cut(address="inner", what="remove"),), frozenset({"inner"}))
+    block = Choice("block", (Cut(address="attn.block", what="remove"),), frozenset({"attn.block"}))
+    price = Price(100.0, {"attn": 30.0}, {"small": 5.0, "large": 40.0, "block": 20.0})
+    usual = {"scheduler": Scheduler(name="DDIMScheduler"), "steps": 2, "low": 0.0, "high": 999.0, "whole": True}
+    return Space(**usual, prices={"macs": price}, layers=("attn",), sites=((small,), (large,), (block,)))
+
+
+def test_skipping_a_layer_that_has_lost_a_part_saves_what_is_left_of_it():
+    made = excluding()
+    one = Genome((Step(timestep=9, skip=("attn",)), Step(timestep=5)), (0, 0, 1))
+    assert made.cost(one) == (100 - 30) + (100 - 20)
+    assert made.cost(Genome(one.steps, (0, 0, 0))) == (100 - 30) + 100
+
+
+def test_the_cheapest_candidate_takes_the_larger_of_two_choices_that_exclude_each_other():
+    made = excluding()
+    assert made.cheapest("macs").shape == (0, 1, 1) and made.share(made.cheapest("macs")) == pytest.approx(0.3)
+    tight, rng = replace(made, budget={"macs": 0.5}), random.Random(0)
+    assert all(tight.fits(tight.fill(made.random_times(rng), rng)) for _ in range(50))  # also where the small one came first

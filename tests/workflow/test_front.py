@@ -13,6 +13,7 @@ from lissom.core.candidate import Candidate, SamplingPlan, Seeds
 from lissom.core.errors import UserError
 from lissom.core.measurement import Measurement
 from lissom.tests.workflow import small
+from lissom.workflow import _searched
 from lissom.workflow._elites import parts
 from lissom.workflow._evaluator import Evaluator, Score
 
@@ -59,6 +60,41 @@ def test_a_front_is_reported_and_another_member_is_picked_without_scoring_anythi
         small.search(run, front_text(pick=99), resume=True)
     with pytest.raises(UserError, match="holds the run of another recipe"):
         small.search(run, front_text(trials=13), resume=True)
+
+
+def test_killed_while_another_member_is_exported_the_run_is_what_its_recipe_says(
+    tmp_path: Path, pretended: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, text = tmp_path / "run", front_text(pick=1)
+    small.search(run, text)
+    before = {name: (run / name).read_bytes() for name in ("plan.json", "recipe.yaml")}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_searched.artifact, "save", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+        small.search(run, front_text(pick=2), resume=True)
+    small.search(run, text, resume=True)  # not "finished already": the reports were the other one's
+    assert {name: (run / name).read_bytes() for name in before} == before and small.report(run)["picked"] == 1
+    with pytest.raises(UserError, match="pick: 99"):
+        small.search(run, front_text(pick=99), resume=True)
+    assert (run / "recipe.yaml").read_bytes() == before["recipe.yaml"]
+
+
+def test_a_budget_that_the_fixed_schedules_break_does_not_hide_them_from_the_choice(tmp_path: Path, pretended: None) -> None:
+    small.search(tmp_path / "run", front_text(budget={"macs": 0.97}, trials=16, rescore=8))
+    found = small.report(tmp_path / "run")
+    assert all(m["macs_ratio"] <= 0.97 for m in found["front"])
+    again = small.studies(tmp_path / "run")["rescore"]
+    assert any(json.loads(t.user_attrs["request"])["costs"]["macs"] == 1 for t in again)  # it was scored again, to compare with
+
+
+def test_a_later_stage_keeps_an_earlier_one_from_picking_anew(tmp_path: Path, pretended: None) -> None:
+    recipe = json.loads(front_text())
+    recipe["stages"].append(recipe["stages"][0])
+    picked = json.loads(json.dumps(recipe))
+    picked["stages"][0]["pick"] = 2
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(json.dumps(recipe))
+    with pytest.raises(UserError, match="stage 1 picks another member, but the stages after it were made from the earlier one"):
+        small.search(tmp_path / "run", json.dumps(picked), resume=True)
 
 
 def test_of_one_objective_the_elites_can_be_picked(tmp_path: Path, pretended: None) -> None:

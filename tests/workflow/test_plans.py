@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 from lissom.core import cost
+from lissom.core.candidate import Cut, Scheduler
 from lissom.core.errors import UserError
 from lissom.core.recipe import build
 from lissom.core.stages import SearchStage
+from lissom.search._space import Choice, Price, Space
 from lissom.workflow import _latency
 from lissom.workflow._evaluator import trimmed
-from lissom.workflow._plans import check_objectives, plans_of
+from lissom.workflow._plans import _together, check_objectives, plans_of
 from lissom.workflow._subject import Subject
 from lissom.workflow.context import Context, Options
 
@@ -76,6 +78,23 @@ def test_a_budget_that_nothing_satisfies_names_the_cheapest_candidate() -> None:
         plans_of(subject(), stage_of(budget={"macs": 0.9}, space=("timesteps",)))
 
 
+def test_budgets_that_hold_one_by_one_but_not_together_are_refused() -> None:
+    one = Choice("one", (Cut(address="inner.0", what="remove"),), frozenset({"inner.0"}))
+    two = Choice("two", (Cut(address="inner", what="remove"),), frozenset({"inner"}))  # holds the other
+    prices = {
+        "macs": Price(100.0, {}, {"one": 60.0, "two": 1.0}),
+        "params": Price(100.0, {}, {"one": 1.0, "two": 60.0}),
+    }
+    scheduler = Scheduler(name="DDIMScheduler")
+    space = Space(scheduler=scheduler, steps=2, low=0, high=999, whole=True, prices=prices, sites=((one,), (two,)))
+    for budget in ({"macs": 0.5}, {"params": 0.5}, {"macs": 0.5, "params": 0.99}):
+        _together(replace(space, budget=budget))
+    with pytest.raises(
+        UserError, match=r"budget macs=0\.5, params=0\.5: no candidate was found that keeps all of it; the nearest"
+    ):
+        _together(replace(space, budget={"macs": 0.5, "params": 0.5}))
+
+
 def test_parameters_need_cuts() -> None:
     with pytest.raises(UserError, match="nothing in the space removes parameters. Add cuts"):
         plans_of(subject(), stage_of(objective=["fid", "params"]))
@@ -91,6 +110,12 @@ def test_parameters_need_cuts() -> None:
         ),
         ("random_search", {"objective": ["fid", "latency:cuda"]}, "Costs are those of the machine that searches"),
         ("random_search", {"objective": ["fid", "mac"]}, "Did you mean 'macs'"),
+        (
+            "random_search",
+            {"objective": ["fid", "clip_score"]},
+            "metrics: fid and clip_score are what the search optimises. Add one",
+        ),
+        ("autodiffusion", {"space": ("timesteps", "cuts"), "seeded_by": "lptop"}, "no method 'lptop' in prune/"),
         ("autodiffusion", {"objective": ["fid", "macs"]}, "autodiffusion searches one objective, not 2. Set a --budget"),
         ("nsga2", {}, "nsga2 looks for a front, which takes two objectives. Add one, e.g. --objective macs"),
         ("cmaes", {}, "cmaes does not vary skips. Give --space timesteps, or take another method"),
@@ -105,7 +130,8 @@ def test_what_cannot_be_measured_or_done_is_refused(method: str, stage: dict[str
 def test_predicted_times_are_stored_and_compared_with_whole_runs(tmp_path: Path) -> None:
     stage = stage_of(budget={"latency": 0.9}, space=("timesteps", "skips", "cuts"))
     plans = plans_of(subject("zoo:fashion-dit"), stage, tmp_path)
-    kept = (tmp_path / _latency.FILE).read_bytes()
+    (table,) = tmp_path.glob(f"{_latency.TABLE}-*.json")
+    kept = table.read_bytes()
     price = plans.space.prices["latency"]
     assert price.whole > 0 and set(price.layers) == set(plans.space.layers) and price.beside >= 0
     assert sum(price.layers.values()) < price.whole
@@ -115,4 +141,6 @@ def test_predicted_times_are_stored_and_compared_with_whole_runs(tmp_path: Path)
     assert all(0 < share < 5 for share in found.measured) and all(0 < share <= 1 for share in found.predicted)
     again = plans_of(subject("zoo:fashion-dit"), stage, tmp_path)  # nothing is measured anew
     assert again.space == plans.space and again.validated(stage, subject("zoo:fashion-dit"), tmp_path) == found
-    assert (tmp_path / _latency.FILE).read_bytes() == kept
+    assert table.read_bytes() == kept
+    other = plans_of(subject("zoo:fashion-dit"), stage.model_copy(update={"latency_batch": 2}), tmp_path)
+    assert other.space != plans.space and table.read_bytes() == kept  # other conditions, another file
