@@ -27,7 +27,7 @@ def front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Trial]:
     kept = [
         i
         for i, own in enumerate(values)
-        if not any(_dominates(other, own) or (other == own and j < i) for j, other in enumerate(values))
+        if not any(dominates(other, own) or (other == own and j < i) for j, other in enumerate(values))
     ]
     return [trials[i] for i in sorted(kept, key=lambda i: values[i])]
 
@@ -56,7 +56,8 @@ def parts(winner: Candidate) -> dict[str, Candidate]:
     return found
 
 
-def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+def dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    """Whether a is no worse than b in any objective, and better in one; all are minimised."""
     return a != b and all(x <= y for x, y in zip(a, b, strict=True))
 
 

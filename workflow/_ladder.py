@@ -22,6 +22,7 @@ from ..core.candidate import Request, Seeds
 from ..core.errors import UserError
 from ..core.measurement import Measurement, Trial, paired
 from ..core.stages import COSTS, SearchStage
+from ._elites import dominates
 from ._screen import METRIC, SCREENED
 
 # Scores requests of a study and answers in their order; fewer answers than requests mean that time is over.
@@ -220,12 +221,8 @@ def _ranked(trials: dict[int, Trial], objectives: Sequence[str]) -> list[int]:
     left = {i: tuple(t.value(name) for name in objectives) for i, t in sorted(trials.items())}
     found: list[int] = []
     while left:
-        front = [i for i, own in left.items() if not any(_dominates(other, own) for other in left.values())]
+        front = [i for i, own in left.items() if not any(dominates(other, own) for other in left.values())]
         front = sorted(front, key=lambda i: left[i])
         found += front
         left = {i: values for i, values in left.items() if i not in front}
     return found
-
-
-def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a != b and all(x <= y for x, y in zip(a, b, strict=True))
