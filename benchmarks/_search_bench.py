@@ -1,10 +1,12 @@
 """What the benchmarks of searches share: a search without re-scoring and reports, its trials in a file, its best so far on unseen seeds."""
 
+import argparse
 import json
 import math
 import random
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..core import methods
 from ..core.candidate import Candidate, Request, Seeds
@@ -19,6 +21,27 @@ from ..workflow.context import Context, Options
 from . import _results
 
 SAMPLES, CHUNK, UNSEEN = 256, 64, 1024  # images a candidate, in a call, and behind a point of a curve
+
+
+def once(kind: str, name: str, run: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """What a job found, from its file where it is done. run: takes the file of the job's trials, where it may go on."""
+    done = _results.RUNS / f"{kind}-{name.replace('/', '-').replace(':', '-')}.json"
+    if not done.is_file():
+        print(name, flush=True)
+        done.write_text(json.dumps(run(done.with_suffix(".jsonl"))))
+    found: dict[str, Any] = json.loads(done.read_text())
+    return found
+
+
+def only(doc: str | None, job: Callable[[str], Any], example: str) -> bool:
+    """Run the jobs that the command line names, and say whether it named any."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", metavar="JOB", help=f"run these and write nothing, e.g. {example}")
+    options = parser.parse_args()
+    _results.RUNS.mkdir(parents=True, exist_ok=True)
+    for name in options.only or ():
+        job(name)
+    return bool(options.only)
 
 
 class Bench:

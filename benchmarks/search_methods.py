@@ -8,12 +8,9 @@ timesteps alone, new noise and labels for every candidate, nothing shared; arXiv
 run and the section is written.
 """
 
-import argparse
-import json
 import math
 import random
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from ..core.intervals import t_95
 from ..core.measurement import Trial
 from ..search._space import Genome, Space
 from . import _results
-from ._search_bench import CHUNK, SAMPLES, UNSEEN, Bench, curve, searched
+from ._search_bench import CHUNK, SAMPLES, UNSEEN, Bench, curve, once, only, searched
 
 METHODS = ("autodiffusion", "bayes", "nsga2", "cmaes", "random_search")
 SEEDS = 3
@@ -43,30 +40,21 @@ GENERATIONS, POPULATION, SELECTED, MUTATED, CROSSED, CHANCE = 10, 50, 10, 25, 15
 def job(name: str) -> dict[str, Any]:
     """`STEPS/METHOD/SEED`: points (denoiser calls, FD on unseen seeds of the best so far), and what was spent."""
     steps, method, seed = name.split("/")
-    done = _results.RUNS / f"methods-{name.replace('/', '-')}.json"
-    if done.is_file():
-        found: dict[str, Any] = json.loads(done.read_text())
-        return found
-    print(name, flush=True)
-    released = method == "released"
-    space = ("timesteps",) if method in ("cmaes", "released") else ("timesteps", "skips")
-    bench = Bench("zoo:fashion", int(steps), space, ("fid", "macs") if method == "nsga2" else ("fid",))
-    file = done.with_suffix(".jsonl")
-    began = time.monotonic()
-    trials = _released(bench, int(seed), file) if released else searched(bench, method, int(seed), TRIALS[int(steps)], file)
-    plain = TRIALS[int(steps)] * int(steps) * math.ceil(SAMPLES / CHUNK)
-    marks = [round(plain * p) for p in POINTS] if not released else [sum(t.calls for t in trials)]
-    points = curve(bench, trials, marks)
-    found = {
-        "points": points,
-        "calls": sum(t.calls for t in trials),
-        "plain_calls": sum(t.plain_calls for t in trials),
-        "candidates": len(trials),
-        "seconds": round(sum(t.seconds for t in trials), 1),
-        "wall": round(time.monotonic() - began, 1),
-    }
-    done.write_text(json.dumps(found))
-    return found
+
+    def run(file: Path) -> dict[str, Any]:
+        released, count = method == "released", TRIALS[int(steps)]
+        space = ("timesteps",) if method in ("cmaes", "released") else ("timesteps", "skips")
+        bench = Bench("zoo:fashion", int(steps), space, ("fid", "macs") if method == "nsga2" else ("fid",))
+        trials = _released(bench, int(seed), file) if released else searched(bench, method, int(seed), count, file)
+        calls, plain = sum(t.calls for t in trials), count * int(steps) * math.ceil(SAMPLES / CHUNK)
+        return {
+            "points": curve(bench, trials, [calls] if released else [round(plain * p) for p in POINTS]),
+            "calls": calls,
+            "plain_calls": sum(t.plain_calls for t in trials),
+            "candidates": len(trials),
+        }
+
+    return once("methods", name, run)
 
 
 def _released(bench: Bench, seed: int, file: Path) -> list[Trial]:
@@ -120,15 +108,7 @@ def _child(one: Genome, two: Genome, space: Space, rng: random.Random) -> Genome
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only", nargs="*", metavar="JOB", help="run these and write nothing, e.g. 4/bayes/0 10/nsga2/2 4/released/0"
-    )
-    options = parser.parse_args()
-    _results.RUNS.mkdir(parents=True, exist_ok=True)
-    if options.only:
-        for name in options.only:
-            job(name)
+    if only(__doc__, job, "4/bayes/0 10/nsga2/2 4/released/0"):
         return
     found = {(k, m): [job(f"{k}/{m}/{s}") for s in range(SEEDS)] for k in TRIALS for m in METHODS}
     released = job("4/released/0")
