@@ -232,12 +232,11 @@ def reason(e: BaseException) -> str:
     """What the database itself said, without what was asked of it."""
     from sqlalchemy.exc import DBAPIError
 
-    at: BaseException | None = e
-    while at is not None:
-        if isinstance(at, DBAPIError) and at.orig is not None:
-            return one_line(at.orig)
-        at = at.__cause__
-    return one_line(e)
+    while not (isinstance(e, DBAPIError) and e.orig is not None):
+        if (inner := e.__cause__ or e.__context__) is None:
+            return one_line(e)
+        e = inner
+    return one_line(e.orig)
 
 
 def passing(e: BaseException) -> bool:
@@ -251,4 +250,6 @@ def passing(e: BaseException) -> bool:
         e = e.__cause__
     if isinstance(e, exc.DBAPIError) and e.connection_invalidated:
         return True
-    return isinstance(e, exc.OperationalError | exc.InterfaceError | exc.InternalError | exc.TimeoutError)
+    # Optuna asks again on the connection that an OperationalError has just told it is gone: then its error is PendingRollbackError.
+    pending = exc.PendingRollbackError | exc.ResourceClosedError
+    return isinstance(e, exc.OperationalError | exc.InterfaceError | exc.InternalError | exc.TimeoutError | pending)

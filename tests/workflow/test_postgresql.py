@@ -220,6 +220,32 @@ def test_the_store_on_postgresql(server: Server) -> None:
     assert one.study.get_trials()[1].values == [2.0, 0.5] and one.study.get_trials()[1].params == {"t0": 800.0}
 
 
+def test_a_connection_that_is_lost_amid_a_query_is_waited_for(server: Server) -> None:
+    """Optuna repeats some queries on the lost connection, and then says PendingRollbackError instead of what happened."""
+    import psycopg
+    from sqlalchemy import event
+
+    said: list[str] = []
+    storage = Storage(server.url, warn=said.append)
+    backend = storage.backend
+    study = backend.create_new_study([optuna.study.StudyDirection.MINIMIZE], "amid")
+    trial = backend.create_new_trial(study)
+    lost: list[str] = []
+
+    def cut(connection: object, cursor: object, statement: str, *_: object) -> None:
+        if "FROM trials" in statement and not lost:
+            lost.append(statement)
+            with psycopg.connect(server.url) as admin:
+                admin.execute(
+                    "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                    " WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+                )
+
+    event.listen(backend._backend.engine, "before_cursor_execute", cut)
+    assert [t._trial_id for t in storage.do(lambda: backend.get_all_trials(study))] == [trial]
+    assert lost and len(said) == 1 and "cannot be reached" in said[0] and "terminating connection" in said[0]
+
+
 def test_bad_storages_are_one_sentence_without_the_password(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
