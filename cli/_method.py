@@ -29,9 +29,9 @@ def helper(verb: str) -> Callable[[typer.Context, bool], None]:
         if not asked:
             return
         print(ctx.get_help())
-        from ..core import methods
+        from ..core.recipe import names
 
-        known = methods.names(verb)
+        known = names(verb)
         words = ctx.meta["lissom.words"]
         if method := next((w for w in words if w in known), words[0] if words else None):
             _print_settings(verb, method)
@@ -41,9 +41,15 @@ def helper(verb: str) -> Callable[[typer.Context, bool], None]:
 
 
 def _print_settings(verb: str, method: str) -> None:
-    """The method's own settings, each with the comment that stands beside it in its file."""
+    """The method's own settings, each with the comment that stands beside it in its file; a preset's losses."""
     from ..core import methods
 
+    if verb == "distill":
+        if preset := methods.presets().get(method):
+            print(f"{method}: {preset.says}, {preset.paper}")
+            for name, weight in preset.losses.items():
+                print(f"  {name:24}  weight {weight:g}")
+        return
     module = methods.load(verb, method)
     paper = f", {module.Config.paper}" if module.Config.paper else ""
     print(f"Settings of {method} (--set KEY=VALUE){paper}")
@@ -77,6 +83,7 @@ def run_one(
 
     stage: as it stands in the recipe; see `given`.
     """
+    from ..core import processes
     from ..core.errors import UserError
     from ..core.recipe import build, settings
     from ..workflow.describe import dump, recipe_text
@@ -100,6 +107,8 @@ def run_one(
         raise UserError(re.sub(r"stages\.0[.:] ?", "", str(e))) from e
     structure = dry_run and model.startswith("config:")  # there is nothing to pin
     text = dump(data) if structure else recipe_text(data, verb)
+    if out is None and processes.count() > 1:
+        raise UserError("--out: name a folder, so that all processes mean the same one.")
     folder = out or o.free_folder(data["name"])
     o.remember(ctx, verbose, None if dry_run else o.go_on(folder, machine.trust_remote_code))
     execute(

@@ -30,15 +30,19 @@ def execute(
 
     A recipe with gates ends with their verdict's exit code.
     """
+    from ..core import processes
     from ..core.recipe import parse
     from ..workflow import describe
     from ..workflow._gates import FOLDER as GATES
     from ..workflow._gates import judge
     from ..workflow.compare import announce, headline
     from ..workflow.context import Context
+    from ..workflow.distill import follow
     from ..workflow.run import run
 
     recipe = parse(text, where)
+    if processes.rank():  # of several that train together the first says what there is to say
+        return None if dry_run else follow(Context(recipe, base, machine))
     with watch(quiet) as progress:
         context = Context(recipe, base, machine, progress)
         if dry_run:

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..core.errors import INTERNAL, INTERRUPTED, UserError
-from . import compare, doctor, evaluate, inspect, prune, recipes, report, run, sample, search, stats, worker
+from . import compare, distill, doctor, evaluate, inspect, prune, recipes, report, run, sample, search, stats, worker
 from ._method import MethodCommand
 
 
@@ -53,6 +53,7 @@ app = typer.Typer(
 )
 app.command("search", cls=MethodCommand)(search.search)
 app.command("prune", cls=MethodCommand)(prune.prune)
+app.command("distill", cls=MethodCommand)(distill.distill)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("sample")(sample.sample)

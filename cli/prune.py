@@ -8,12 +8,15 @@ import typer
 from . import _options as o
 from ._method import given, helper, run_one, short_name
 
+METHODS = (
+    "A file in prune/: laptop, ld_pruner, slim_unet, magnitude, random_cuts cut layers; "
+    "diff_pruning, magnitude_widths, random_widths make them narrower."
+)
+
 
 def prune(
     ctx: typer.Context,
-    method: Annotated[
-        str, typer.Argument(metavar="METHOD", help="A file in prune/: laptop, slim_unet, magnitude, random_cuts.")
-    ],
+    method: Annotated[str, typer.Argument(metavar="METHOD", help=METHODS)],
     model: Annotated[
         str,
         typer.Argument(

@@ -23,6 +23,7 @@ class Ancestor(Data):
     parent: str  # pinned reference
     model_hash: str
     cuts: tuple[Cut, ...]  # addresses in that parent
+    names: dict[str, str | None] = Field(default_factory=dict)  # module in that parent -> in the model after it, None: cut
 
 
 class Manifest(Data):

@@ -78,9 +78,9 @@ def record(sampler: Sampler, count: int, times: int, seed: int) -> list[Inputs]:
     return calls
 
 
-def first(sampler: Sampler, seed: int) -> Inputs:
-    """The first call of one image: the arguments that the pipeline gives its denoiser, before the denoiser ever ran."""
-    return _record(sampler, range(1), 0.0, seed)[0]
+def first(sampler: Sampler, seed: int, count: int = 1) -> Inputs:
+    """The first call of `count` images: the arguments that the pipeline gives its denoiser, before the denoiser ever ran."""
+    return _record(sampler, range(count), 0.0, seed)[0]
 
 
 def from_images(sampler: Sampler, pixels: Sequence[Tensor], count: int, times: int, seed: int) -> list[Inputs]:
@@ -93,7 +93,7 @@ def from_images(sampler: Sampler, pixels: Sequence[Tensor], count: int, times: i
     made = []
     for call in record(sampler, count, times, seed):
         name = call.sample
-        clean = _encoded(sampler.pipe, [pixels[i % len(pixels)] for i in call.images], call.kwargs[name])
+        clean = encoded(sampler.pipe, [pixels[i % len(pixels)] for i in call.images], call.kwargs[name].shape[1:])
         noise = torch.stack([_noise(clean.shape[1:], seed, i) for i in call.images]).to(clean)
         noised = _noised(sampler.pipe.scheduler, clean, noise, call.timestep)
         repeated = noised.repeat(call.rows // len(call.images), *([1] * (noised.ndim - 1)))
@@ -172,20 +172,25 @@ def _copied(value: Any) -> Any:
     return [_copied(v) for v in value] if isinstance(value, list) else value
 
 
-def _encoded(pipe: Any, images: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Pixels as the denoiser sees clean data. (B, C, h, w)."""
+def encoded(pipe: Any, images: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """Pixels (H, W, 3) uint8 as the denoiser sees clean data. (B, *shape) float32.
+
+    shape: (C, h, w) of one sample. UserError for pipelines whose denoiser does not take latents as its VAE makes them.
+    """
     vae = getattr(pipe, "vae", None)
-    scale = getattr(pipe, "vae_scale_factor", 1) if vae is not None else 1
-    if like.ndim != 4:
+    scale = 1
+    if vae is not None:  # DiT's pipeline does not say it
+        scale = getattr(pipe, "vae_scale_factor", None) or 2 ** (len(vae.config.block_out_channels) - 1)
+    if len(shape) != 3:
         raise UserError(
             f"data: {type(pipe).__name__} packs its latents, so that images cannot stand for them. Leave data out: the model's "
             "own trajectories serve as well."
         )
-    height, width = scale * like.shape[2], scale * like.shape[3]
+    height, width = scale * shape[1], scale * shape[2]
     batch = torch.stack([_sized(image, height, width) for image in images])
     with torch.no_grad():
         if vae is None:
-            clean = batch.mean(1, keepdim=True) if like.shape[1] == 1 else batch
+            clean = batch.mean(1, keepdim=True) if shape[0] == 1 else batch
         else:
             grey = vae.config.in_channels == 1
             device = getattr(pipe, "_execution_device", next(vae.parameters()).device)
@@ -197,10 +202,10 @@ def _encoded(pipe: Any, images: Sequence[Tensor], like: Tensor) -> Tensor:
                 vae.to(given)
             mean = found.latent_dist.mean if hasattr(found, "latent_dist") else found.latent
             clean = (mean - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
-    if clean.shape[1:] != like.shape[1:]:
+    if tuple(clean.shape[1:]) != tuple(shape):
         raise UserError(
             f"data: the images give latents of {tuple(clean.shape[1:])}, the denoiser of {type(pipe).__name__} takes "
-            f"{tuple(like.shape[1:])}. Leave data out: the model's own trajectories serve as well."
+            f"{tuple(shape)}. Leave data out: the model's own trajectories serve as well."
         )
     return clean.float()
 

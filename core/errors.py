@@ -25,6 +25,10 @@ class SamplingError(UserError):
     """These images cannot be made or scored: not finite, not a picture, or too large for the memory even one by one."""
 
 
+class NotFinite(SamplingError):
+    """The samples hold NaN or infinity: for who scores cuts an answer, for everyone else an error."""
+
+
 class DiskError(UserError):
     """The output cannot be written (disk full or read-only): nothing is lost, the run can be resumed."""
 

@@ -8,11 +8,12 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import opening, reload_check, standins, stock, surgery, weights
+from . import experts, narrowing, opening, reload_check, standins, stock, surgery, weights
 from .anatomy import uncompiled
 from .artifact import MANIFEST, PLAN, renamed
 from .candidate import Cut
@@ -48,7 +49,7 @@ class Structure:
     cls: str  # class name in config.json
     config: dict[str, Any]  # all of config.json but private keys
     code: str | None  # text of the module that it brings along
-    sources: dict[str, tuple[str | None, tuple[tuple[int, int], ...], torch.Size]]  # for weights.write
+    sources: dict[str, weights.Source]  # for weights.write
     names: dict[str, str | None]  # module in the parent -> here; None: cut. Modules that kept their name are not in it
     params: int
 
@@ -86,13 +87,14 @@ def structure(denoiser: nn.Module, cuts: Sequence[Cut], *, plain_only: bool = Fa
             built = target
             earlier = [list(map(dict, group)) for group in target.config.get("cuts", ())]  # type: ignore[union-attr, operator]
             cls, code = f"Pruned{base.__name__}", module_text(base.__name__)
-            config = {**stock.base_config(target), "cuts": [*earlier, [cut.plain() for cut in cuts]]}
+            config = {**stock.base_config(target), "cuts": [*earlier, *([[cut.plain() for cut in cuts]] if cuts else [])]}
         shapes = {k: v.shape for k, v in built.state_dict().items()}
-        sources: dict[str, tuple[str | None, tuple[tuple[int, int], ...], torch.Size]] = {}
+        narrow = _narrow(target, before)
+        sources = {}
         for key, part in parts.items():
             source = owner.get(id(state[part.key])) if part.key is not None else None  # zeros of an emptied layer have no owner
-            sources[key] = (source, part.rows, shapes[key])
-        other = {key.rpartition(".")[0] for key, (source, rows, _) in sources.items() if source is None or rows}
+            sources[key] = narrow.get(key, weights.Source(source, shapes[key], part.rows))
+        other = {key.rpartition(".")[0] for key, s in sources.items() if s.key is None or s.rows or s.columns}
         there = {a for a, _ in built.named_modules()} - other
         now = {old: to for old, a in _whereabouts(target, before, cuts).items() if (to := renamed(a, moved)) in there}
         params = surgery.parameters(built)
@@ -100,9 +102,13 @@ def structure(denoiser: nn.Module, cuts: Sequence[Cut], *, plain_only: bool = Fa
 
 
 def module_text(base: str) -> str:
-    """The self-contained module of an artifact that needs one: torch and diffusers only."""
+    """The self-contained module of an artifact that needs one: torch and diffusers only.
+
+    It is the text of three files, one after the other; none would hold all of it within the 400 lines that a file may have.
+    """
     head = f'"""{base} without some of its layers. Written by lissom; needs torch and diffusers, not lissom."""\n'
-    body = inspect.getsource(standins).partition('"""\n')[2]
+    texts = [inspect.getsource(module).partition('"""\n')[2] for module in (experts, narrowing, standins)]
+    body = re.sub(r"^from \.(experts|narrowing) import .*\n", "", "".join(texts), flags=re.MULTILINE)  # it stands above
     return f"{head}{body}\n\nfrom diffusers import {base}  # noqa: E402\n\nPruned{base} = pruned({base})\n"
 
 
@@ -130,16 +136,20 @@ def save(
     dtype: str | None = None,
     variant: str | None = None,
     shard: int | str = "5GB",
+    trained: bool = False,
 ) -> Saved:
     """Write `folder`, a pipeline whose denoiser has the cuts, and open it in a fresh process. UserError, and nothing left, if not.
 
     probe: keyword arguments of one forward of the denoiser, to compare outputs on. manifest: fields of lissom.json that the
-    caller knows. dtype: of the saved weights (float32, float16, bfloat16), None: as in the parent's files.
+    caller knows. dtype: of the saved weights (float32, float16, bfloat16), None: as in the parent's files. trained: the
+    numbers are those in memory, not those of the parent's files.
     """
     check(model, folder)
     denoiser, source = uncompiled(model.denoiser), model.folder / model.denoiser_name
     plan = structure(denoiser, cuts, plain_only=plain_only)
-    if variant is None and dtype is None:
+    if trained and dtype is None:
+        dtype = weights.type_of(source)
+    if variant is None and (dtype is None or trained):
         variant = weights.variant_of(source)  # other components carry it too: one call has to open them all
     arguments = {k: v for k, v in probe.items() if k != "return_dict"}
     as_saved = weights.rounded(denoiser, weights.DTYPES[dtype]) if dtype else nullcontext()
@@ -153,7 +163,7 @@ def save(
     _restore(before, folder)
     try:
         with disk_errors(folder):
-            size = _write(model, plan, partial, dtype, variant, shard)
+            size = _write(model, plan, partial, dtype, variant, shard, trained)
             record = {**manifest, "opens": plan.opens, "component": model.denoiser_name, "names": plan.names}
             write_text(partial / MANIFEST, json.dumps(record, sort_keys=True, indent=2) + "\n")
         difference = _verify(partial, model, plan, arguments, expected, dtype)
@@ -195,7 +205,22 @@ def _whereabouts(target: nn.Module, before: dict[int, str], cuts: Sequence[Cut])
             now[old] = address
             if (above := old.rpartition(".")[0]) in emptied:  # an emptied layer is a copy that shares what it keeps
                 now[above] = address.rpartition(".")[0]
+    for old, address in surgery.narrowed_since(target, before):  # so is a narrower one
+        for name, _ in target.get_submodule(address).named_modules():
+            now[f"{old}.{name}".rstrip(".")] = f"{address}.{name}".rstrip(".")
     return now
+
+
+def _narrow(target: nn.Module, before: Container[int]) -> dict[str, weights.Source]:
+    """The weights of which only some rows or columns stay: name in the cut denoiser -> which of the parent's."""
+    found = {}
+    for old, address in surgery.narrowed_since(target, before):
+        layer = target.get_submodule(address)
+        for part, (rows, columns) in vars(layer)["narrowed_from"][1].items():
+            for name, p in layer.get_submodule(part).named_parameters():
+                picked = columns if p.ndim > 1 else ()  # a bias has only rows
+                found[f"{address}.{part}.{name}"] = weights.Source(f"{old}.{part}.{name}", p.shape, rows, picked)
+    return found
 
 
 def _names(before: Sequence[str], now: dict[str, str]) -> dict[str, str | None]:
@@ -207,7 +232,15 @@ def _names(before: Sequence[str], now: dict[str, str]) -> dict[str, str | None]:
     return names
 
 
-def _write(model: Model, plan: Structure, folder: Path, dtype: str | None, variant: str | None, shard: int | str) -> int:
+def _write(
+    model: Model,
+    plan: Structure,
+    folder: Path,
+    dtype: str | None,
+    variant: str | None,
+    shard: int | str,
+    trained: bool = False,
+) -> int:
     name = model.denoiser_name
     folder.mkdir(parents=True)
     index = json.loads((model.folder / "model_index.json").read_text(encoding="utf-8"))
@@ -232,7 +265,10 @@ def _write(model: Model, plan: Structure, folder: Path, dtype: str | None, varia
         index[name] = [file, plan.cls]
     write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_text(folder / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
-    with weights.Reader(model.folder / name) as reader:
+    held: weights.Held | weights.Reader = weights.Reader(model.folder / name)
+    if trained:
+        held = weights.Held(uncompiled(model.denoiser).state_dict())
+    with held as reader:
         chosen = weights.DTYPES[dtype] if dtype else None
         return weights.write(plan.sources, reader, target, dtype=chosen, variant=variant, shard=shard)
 

@@ -7,8 +7,11 @@ import pkgutil
 import re
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 from .errors import UserError, one_line
+
+MAKES = {"distill": "loss"}  # what a method's function is called, where it is not called like its folder
 
 
 def names(folder: str) -> list[str]:
@@ -26,9 +29,10 @@ def load(folder: str, name: str) -> ModuleType:
             raise UserError(
                 f"{folder} method {name!r}: cannot import it ({type(e).__name__}: {one_line(e)}). It must be importable from here."
             ) from e
-        if lacking := [part for part in ("Config", folder) if not hasattr(module, part)]:
+        makes = MAKES.get(folder, folder)
+        if lacking := [part for part in ("Config", makes) if not hasattr(module, part)]:
             raise UserError(
-                f"{folder} method {name!r}: the module has no {' and no '.join(lacking)}. A method is a Config and a function {folder}."
+                f"{folder} method {name!r}: the module has no {' and no '.join(lacking)}. A method is a Config and a function {makes}."
             )
         return module
     known = names(folder)
@@ -38,9 +42,19 @@ def load(folder: str, name: str) -> ModuleType:
     return importlib.import_module(f"..{folder}.{name}", __package__)
 
 
+def presets() -> dict[str, Any]:
+    """The named sums of losses of `lissom distill`."""
+    found: dict[str, Any] = importlib.import_module("..distill._presets", __package__).PRESETS
+    return found
+
+
 def comments(module: ModuleType) -> dict[str, str]:
-    """The comment beside each field of a method's Config, read from its file: the one place where a knob is explained."""
-    lines = inspect.getsource(module.Config).splitlines()
+    """The comment beside each field of a method's Config, read from its file: the one place where a knob is explained.
+
+    Fields of a Config that several methods share are explained where that is written.
+    """
+    ours = [c for c in reversed(module.Config.__mro__) if not c.__module__.startswith(("pydantic", "builtins"))]
+    lines = [line for c in ours for line in inspect.getsource(c).splitlines()]
     found = (re.match(r"\s+(\w+):.*?#\s*(.*)", line) for line in lines)
     return {match[1]: match[2] for match in found if match}
 

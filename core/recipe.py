@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -12,7 +12,7 @@ from .candidate import Data
 from .errors import UserError, one_line
 from .gates import Gate, metrics_behind
 from .methods import suggest
-from .stages import PruneStage, SearchStage
+from .stages import DistillStage, PruneStage, SearchStage
 
 
 class Evaluate(Data):
@@ -28,6 +28,9 @@ class Evaluate(Data):
     teacher_steps: int = Field(default=50, ge=1)  # for reference: teacher, steps of the model's own outputs
 
 
+Stage = SearchStage | PruneStage | DistillStage
+
+
 class Recipe(Data):
     """A model, how it is scored, and a chain of stages."""
 
@@ -39,14 +42,14 @@ class Recipe(Data):
     prompts: str | None = None  # .txt or .jsonl, relative to the recipe; the zoo has balanced classes by default
     call: dict[str, Any] = Field(default_factory=dict)  # further `__call__` arguments: guidance_scale, height, …
     evaluate: Evaluate = Evaluate()
-    stages: tuple[SearchStage | PruneStage, ...] = Field(min_length=1)
+    stages: tuple[Stage, ...] = Field(min_length=1)
     gates: dict[str, Gate] = Field(default_factory=dict)  # against the recipe's own model: `run` exits 3 or 4
 
 
-VERBS: dict[str, type[SearchStage | PruneStage]] = {"search": SearchStage, "prune": PruneStage}
+VERBS: dict[str, type[Stage]] = {"search": SearchStage, "prune": PruneStage, "distill": DistillStage}
 
 
-def verb_of(stage: SearchStage | PruneStage) -> str:
+def verb_of(stage: Stage) -> str:
     """search, prune, …"""
     return next(verb for verb, kind in VERBS.items() if isinstance(stage, kind))
 
@@ -155,13 +158,18 @@ def override(data: dict[str, Any], text: str) -> None:
 
 
 def settings(verb: str, method: str, given: Mapping[str, Any]) -> Any:
-    """The method's Config from plain settings; UserError with a suggestion where one is unknown or out of range."""
-    config = methods.load(verb, method).Config
+    """The Config of a verb's method, or of a loss (verb: loss), from plain settings; UserError with a suggestion where one is unknown or out of range."""
+    config = methods.load("distill", method).Config if verb == "loss" else _config(verb, method)
     try:
         return config.model_validate(dict(given))
     except ValidationError as e:
         known = list(config.model_fields)
         raise UserError("\n".join(f"{method}: {'.'.join(map(str, x['loc']))}: {_message(x, known)}" for x in e.errors())) from e
+
+
+def names(verb: str) -> list[str]:
+    """What may stand beside a verb: its methods, for distill its presets."""
+    return sorted(methods.presets()) if verb == "distill" else methods.names(verb)
 
 
 def json_schema() -> dict[str, Any]:
@@ -171,13 +179,15 @@ def json_schema() -> dict[str, Any]:
     for verb, kind in VERBS.items():
         common = schema["$defs"].pop(kind.__name__)
         common["properties"].pop("settings")
-        for name in methods.names(verb):
-            config = methods.load(verb, name).Config.model_json_schema()
+        for name in names(verb):
+            config = _config(verb, name).model_json_schema()
             own = {**common["properties"], **config.get("properties", {}), verb: {"const": name}}
             stages.append(
                 {**common, "title": f"{verb}: {name}", "properties": own, "description": config.get("description", "")}
             )
             schema["$defs"].update(config.get("$defs", {}))
+        if verb == "distill":
+            continue
         free = {**common, "additionalProperties": True, "properties": {**common["properties"], verb: {"pattern": r"\."}}}
         stages.append({**free, "title": f"{verb}: a module of your own"})
     schema["properties"]["stages"]["items"] = {"anyOf": stages}
@@ -200,7 +210,7 @@ def _stage(raw: Any, at: tuple[str | int, ...], complain: Any) -> Any:
     own = {k: v for k, v in raw.items() if k in VERBS[verb].model_fields and k != "settings"}
     rest = {str(k): v for k, v in raw.items() if k not in own}
     try:
-        config = methods.load(verb, str(raw[verb])).Config
+        config = _config(verb, str(raw[verb]))
     except UserError as e:
         complain((*at, verb), str(e))
         return None
@@ -216,7 +226,38 @@ def _stage(raw: Any, at: tuple[str | int, ...], complain: Any) -> Any:
         errors += e.errors()
     for error in errors:
         complain((*at, *error["loc"]), _message(error, known))
+    if not errors and isinstance(stage, DistillStage) and (wrong := _losses(stage)):
+        for name, message in wrong:
+            complain((*at, "losses", name), message)
+        return None
     return None if errors else stage
+
+
+def _config(verb: str, method: str) -> Any:
+    """A method's Config; a preset of losses has no settings."""
+    if verb != "distill":
+        return methods.load(verb, method).Config
+    if method not in (known := methods.presets()):
+        raise UserError(f"no preset {method!r} of losses; there are {', '.join(known)}.{suggest(method, known)}")
+    return _Nothing
+
+
+def _losses(stage: DistillStage) -> list[tuple[str, str]]:
+    """What is wrong with the losses that a stage names: (name, message)."""
+    wrong = []
+    for name, given in stage.losses.items():
+        rest = {k: v for k, v in given.items() if k != "weight"} if isinstance(given, dict) else {}
+        try:
+            settings("loss", name, rest)
+        except UserError as e:
+            wrong.append((name, str(e)))
+    return wrong
+
+
+class _Nothing(Data):
+    """Settings of what has none."""
+
+    paper: ClassVar[str] = ""
 
 
 def _gates(recipe: Recipe, complain: Any) -> None:

@@ -16,7 +16,7 @@ from . import memory
 from .candidate import SamplingPlan, Seeds, canonical, image_seed
 from .conditions import IMAGES, Conditions, digest
 from .driving import Memo, Run, check, follow, watch
-from .errors import SamplingError
+from .errors import NotFinite, SamplingError
 
 Output = Literal["pixels", "latents"]
 
@@ -162,7 +162,7 @@ class Sampler:
         size = len(indices)
         where = f"images {indices.start} to {indices.stop - 1}"
         if run.last is not None and not bool(torch.isfinite(run.last).all()):
-            raise SamplingError(f"{where}: the samples hold NaN or infinity. Half precision, or a model broken by its cuts?")
+            raise NotFinite(f"{where}: the samples hold NaN or infinity. Half precision, or a model broken by its cuts?")
         if output == "latents":
             # Guidance may have doubled the batch that the scheduler steps (DiT): the images come first.
             latents = made if native else run.last

@@ -113,3 +113,52 @@ class PruneStage(Data):
     def share(self) -> float:
         """`keep`, or its default."""
         return KEEP if self.keep is None else self.keep
+
+
+class DistillStage(Data):
+    """Give a smaller model its quality back: `{distill: PRESET, iterations: N, …}`. The student is what the stage before it made."""
+
+    distill: str  # a preset: the sum of losses that a paper recovers quality with
+    teacher: str | None = None  # model to learn from; the one that the student was pruned from by default
+    # A file in distill/, or a module of your own -> its weight, or a mapping of weight and the loss's settings; instead of the preset's.
+    losses: dict[str, float | dict[str, Any]] = Field(default_factory=dict)
+    iterations: int = Field(default=500, ge=1)
+    batch: int = Field(default=64, ge=1)  # samples behind each update, over all processes
+    accumulate: int = Field(default=1, ge=1)  # parts that each process runs its share of a batch in
+    learning_rate: float = Field(default=5e-5, gt=0)  # of AdamW
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = Field(default=0, ge=0)  # iterations in which the rate rises from zero
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip: float | None = Field(default=1.0, gt=0)  # of the gradient's norm; null for none
+    ema: float = Field(default=0.999, ge=0, lt=1)  # decay of the averaged weights, which are what is saved; 0 for none
+    precision: Literal["no", "fp16", "bf16"] = "no"  # of the student's forward; its weights stay float32
+    teacher_dtype: Literal["float32", "float16", "bfloat16"] | None = None  # float16 on an accelerator, float32 elsewhere
+    checkpointing: bool = False  # of gradients: less memory, one more forward of the student
+    data: str | None = None  # image folder or zip, zoo:fashion; teacher (its own trajectories, no images at all) by default
+    images: int = Field(default=1024, ge=1)  # made by the teacher, where it is the data
+    data_steps: int | None = Field(default=None, ge=1)  # solver steps of these images; the pipeline's default
+    flip: bool = False  # show images of a folder mirrored too
+    check_every: int = Field(default=0, ge=0)  # iterations between looks at the averaged weights; 0 for none
+    check_samples: int = Field(default=256, ge=4)  # images of such a look
+    patience: int = Field(default=0, ge=0)  # looks without improvement after which the training ends; 0 for never
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # that accelerate logs to, beside losses.jsonl
+    measure: bool = True  # score teacher and student before and after, where there are prompts and features
+    steps: int | None = Field(default=None, ge=1)  # solver steps of the images that are scored; the pipeline's default
+    save_dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of the saved weights; the student's by default
+    variant: str | None = Field(default=None, pattern=r"^\w+$")  # in the names of the weight files, e.g. fp16
+    shard_size: str = Field(default="5GB", pattern=r"^\d+(MB|GB)$")  # of a weight file at most
+    settings: dict[str, Any] = Field(default_factory=dict)  # presets have none of their own
+
+    @model_validator(mode="after")
+    def _sensible(self) -> "DistillStage":
+        if self.patience and not self.check_every:
+            raise ValueError("patience: without check_every there is nothing that could improve. Give check_every too")
+        for name, given in self.losses.items():
+            weight = given if not isinstance(given, dict) else given.get("weight", 1.0)
+            if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+                raise ValueError(f"losses: {name}: its weight must be a number above 0, got {weight!r}")
+        return self
+
+    @property
+    def method(self) -> str:
+        return self.distill

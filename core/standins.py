@@ -1,7 +1,8 @@
 """What stands in for a layer of a denoiser that is skipped or cut, and how cuts change the module tree.
 
-This file imports torch and nothing of lissom: an artifact whose cuts no stock config can express carries its text, so that
-diffusers opens it where lissom is not installed. Cuts come as plain JSON: {"address": ..., "what": ..., "value": ...}.
+This file imports torch and of lissom only narrowing.py and experts.py, which do the same: an artifact whose cuts no stock config can
+express carries the text of all three, so that diffusers opens it where lissom is not installed. Cuts come as plain JSON: {"address": ...,
+"what": ..., "value": ...}.
 """
 
 import copy
@@ -11,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .experts import Experts, mixed
+from .narrowing import NARROWS, narrowed, unhooked
 
 
 def resized_shortcut(layer: Any, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -161,7 +165,7 @@ def emptied(layer: Any) -> Any:
 
     Unlike Absent it keeps norm and projections, and a stock config can express it.
     """
-    empty = _unhooked(copy.copy(layer))
+    empty = unhooked(copy.copy(layer))
     empty._modules = dict(layer._modules)
     empty.transformer_blocks = nn.ModuleList()
     # A hook is not copied: under sequential offload it holds all weights of the model.
@@ -169,7 +173,7 @@ def emptied(layer: Any) -> Any:
     empty.proj_out = copy.deepcopy(layer.proj_out, {id(hook): hook for hook in hooks}).requires_grad_(False)
     for module in empty.proj_out.modules():
         computes_on = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        _unhooked(module)
+        unhooked(module)
         for name, p in module.named_parameters(recurse=False):
             if not p.is_meta:
                 p.zero_()
@@ -178,19 +182,13 @@ def emptied(layer: Any) -> Any:
     return empty
 
 
-def _unhooked(module: Any) -> Any:
-    """A copied module without accelerate's hook: that sits on the instance, and still runs the module it was made for."""
-    for name in ("forward", "_old_forward", "_hf_hook"):
-        module.__dict__.pop(name, None)
-    return module
-
-
 def cut(denoiser: Any, cuts: Sequence[Mapping[str, Any]]) -> Callable[[], None]:
     """Apply cuts to a denoiser in place; returns a function that undoes them exactly. Raises ValueError for one that does not fit.
 
     remove: an Absent takes the layer's place; a sampler, a whole stage or the middle of a U-Net is taken out.
     keep_layers: a block of a U-Net keeps the (ResNet, attention) pairs of these indices, renumbered.
-    replace by "empty": see `emptied`.
+    keep_heads, keep_units, keep_channels: a layer keeps those of these indices; see `narrowed`.
+    replace by "empty": see `emptied`; by "experts ADDRESS …": see `mixed`. Those others have to be cut.
     """
     undo: list[tuple[dict[str, Any], str, Any]] = []
 
@@ -205,6 +203,7 @@ def cut(denoiser: Any, cuts: Sequence[Mapping[str, Any]]) -> Callable[[], None]:
     try:
         # All layers are looked up before any is moved: addresses are those of the denoiser as it was given.
         found = [(each, *find(denoiser, each["address"])) for each in cuts]
+        others = {each["address"]: [find(denoiser, a)[2] for a in named] for each in cuts if (named := _experts(each))}
         for each, parent, name, layer in sorted(found, key=_order):
             address, what, value = each["address"], each["what"], each.get("value")
             if what == "keep_layers":
@@ -215,8 +214,16 @@ def cut(denoiser: Any, cuts: Sequence[Mapping[str, Any]]) -> Callable[[], None]:
                     raise ValueError(f"{address}: cannot keep layers {value} of {count}")
                 for part, entries in lists.items():  # what runs side by side: resnets, attentions, motion modules, ...
                     set_module(layer, part, nn.ModuleList(entries[i] for i in stay))
+            elif what in NARROWS:
+                if (narrow := narrowed(layer, address, what, value)) is not layer:
+                    set_module(parent, name, narrow)
             elif what == "replace" and value == "empty" and type(layer).__name__ == "Transformer2DModel":
                 set_module(parent, name, emptied(layer))
+            elif address in others:
+                try:
+                    set_module(parent, name, mixed(layer, others[address]))
+                except ValueError as e:
+                    raise ValueError(f"{address}: {e}") from None
             elif what != "remove":
                 raise ValueError(f"{address}: {what} {value if value is not None else ''} cannot be applied here")
             elif isinstance(parent, nn.ModuleList) and address.rpartition(".")[0] in ("down_blocks", "up_blocks"):
@@ -239,10 +246,20 @@ def cut(denoiser: Any, cuts: Sequence[Mapping[str, Any]]) -> Callable[[], None]:
         if "num_upsamplers" in denoiser.__dict__:  # UNet2DConditionModel tells from it which sizes it takes
             undo.append((denoiser.__dict__, "num_upsamplers", denoiser.num_upsamplers))
             denoiser.num_upsamplers = sum(getattr(b, "upsamplers", None) is not None for b in denoiser.up_blocks)
+        taken = {id(other) for each in others.values() for other in each}
+        for address, module in denoiser.named_modules(remove_duplicate=False) if taken else ():
+            if id(module) in taken and ".experts." not in address:
+                raise ValueError(f"{address}: is an expert of another layer and still there itself; cut it")
     except BaseException:
         back()
         raise
     return back
+
+
+def _experts(each: Mapping[str, Any]) -> list[str]:
+    """The addresses of the layers that become experts beside the one that a cut replaces."""
+    value = each.get("value")
+    return value.split()[1:] if each["what"] == "replace" and isinstance(value, str) and value.startswith("experts ") else []
 
 
 def _is_sampler(parent: Any, address: str, layer: Any) -> bool:

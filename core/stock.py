@@ -17,6 +17,7 @@ from torch import nn
 from .anatomy import uncompiled
 from .artifact import renamed
 from .errors import UserError
+from .experts import Experts
 from .standins import Absent
 
 # Classes known to run with none of their blocks left; a DiT's output layer reads its first one.
@@ -69,6 +70,10 @@ def express(denoiser: nn.Module) -> Stock | str:
     from .stock_unet import express_unet
 
     denoiser = uncompiled(denoiser)
+    if narrow := next((a for a, m in denoiser.named_modules() if "narrowed_from" in vars(m)), None):
+        return f"{narrow}: no stock config gives one layer a width of its own"
+    if several := next((a for a, m in denoiser.named_modules() if isinstance(m, Experts)), None):
+        return f"{several}: no stock config has convolutions of several experts"
     cls, config = base_class(denoiser), base_config(denoiser)
     if cls.__name__ in ("UNet2DConditionModel", "UNet2DModel"):
         found: Any = express_unet(denoiser, config)

@@ -1,6 +1,6 @@
 """Cuts applied to a denoiser in memory: exact, undoable, and refused with a reason where they do not fit together."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -26,9 +26,11 @@ def applied(denoiser: nn.Module, cuts: Sequence[Cut], *, following: Iterable[str
     """
     target = uncompiled(denoiser)
     whole = {id(target.get_submodule(address)): address for address in following}
+    before = {id(module) for module in target.modules()}
     undo = apply(denoiser, cuts)
     try:
-        yield {whole[id(module)]: now for now, module in target.named_modules() if id(module) in whole} if whole else {}
+        there = {whole[id(module)]: now for now, module in target.named_modules() if id(module) in whole} if whole else {}
+        yield there | {old: now for old, now in narrowed_since(target, before) if old in whole.values()}
     finally:
         undo()
 
@@ -36,8 +38,9 @@ def applied(denoiser: nn.Module, cuts: Sequence[Cut], *, following: Iterable[str
 def apply(denoiser: nn.Module, cuts: Sequence[Cut]) -> Callable[[], None]:
     """Cut a denoiser in place; returns a function that undoes it. Raises CannotCut and leaves the denoiser as it was.
 
-    Addresses are those of the denoiser as given, whatever the order of the cuts. No weight is changed or copied: modules are
-    exchanged for their stand-ins, so that undoing is exact and costs nothing.
+    Addresses are those of the denoiser as given, whatever the order of the cuts. No weight is changed: modules are exchanged for
+    their stand-ins, so that undoing is exact and costs nothing. Only a layer that gets narrower is there twice meanwhile, once
+    with copies of the weights that stay.
     """
     target = uncompiled(denoiser)
     cuts = list(dict.fromkeys(cuts))
@@ -66,6 +69,13 @@ def _moves_as_a_whole(denoiser: Any) -> bool:
     from accelerate.hooks import CpuOffload
 
     return any(isinstance(each, CpuOffload) for each in (hook, *getattr(hook, "hooks", ())))
+
+
+def narrowed_since(denoiser: nn.Module, before: Container[int]) -> Iterator[tuple[str, str]]:
+    """Address in the whole denoiser and address now of the layers that cuts made narrower. before: ids of the modules then."""
+    for now, module in denoiser.named_modules():
+        if id(module) not in before and (source := vars(module).get("narrowed_from")) is not None:
+            yield source[0], now
 
 
 def skip_connections_misfit(denoiser: Any) -> str | None:

@@ -6,10 +6,10 @@ The numbers are those of the parent's files, whatever precision the parent was l
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from .errors import UserError, one_line
 from .files import disk_errors
 
 NAME = "diffusion_pytorch_model"  # what diffusers calls the weight files of its models
+Ranges = tuple[tuple[int, int], ...]  # (start, stop), one after the other; (): all
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -51,6 +52,15 @@ def files_of(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: holds no {NAME}.safetensors. Fetch the folder again.")
 
 
+class Source(NamedTuple):
+    """Where a tensor of a smaller model comes from."""
+
+    key: str | None  # name in the parent's files; None: zeros
+    shape: torch.Size  # that it has in the end
+    rows: Ranges = ()  # of the first dimension
+    columns: Ranges = ()  # of the second one
+
+
 class Reader:
     """The tensors of a model's files by name, read when asked for. A context manager."""
 
@@ -77,18 +87,56 @@ class Reader:
     def __contains__(self, key: str) -> bool:
         return key in self._where
 
-    def get(self, key: str, rows: Iterable[tuple[int, int]] = ()) -> Tensor:
-        """A tensor, or ranges of its first dimension, one after the other."""
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def get(self, key: str, rows: Ranges = (), columns: Ranges = ()) -> Tensor:
+        """A tensor, or ranges of its first and of its second dimension, one after the other.
+
+        Of rows only those are read. Columns lie in pieces all over the file: they are picked from the one tensor in memory.
+        """
         whole = self._where[key]
-        if ranges := tuple(rows):
+        if rows:
             part = whole.get_slice(key)
-            return torch.cat([part[start:stop] for start, stop in ranges])
-        tensor: Tensor = whole.get_tensor(key)
-        return tensor
+            tensor: Tensor = torch.cat([part[start:stop] for start, stop in rows])
+        else:
+            tensor = whole.get_tensor(key)
+        return torch.cat([tensor[:, start:stop] for start, stop in columns], 1) if columns else tensor
 
     def dtype(self, key: str) -> torch.dtype:
         """Without reading the tensor."""
         return _DTYPES[self._where[key].get_slice(key).get_dtype()]
+
+
+class Held:
+    """What `Reader` gives, of tensors in memory: of a model that has learned what its files do not say."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors, self.files = tensors, [Path("the model in memory")]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.tensors
+
+    def get(self, key: str, rows: Ranges = (), columns: Ranges = ()) -> Tensor:
+        """See `Reader.get`."""
+        tensor = self.tensors[key].detach().cpu()
+        tensor = torch.cat([tensor[start:stop] for start, stop in rows]) if rows else tensor
+        return torch.cat([tensor[:, start:stop] for start, stop in columns], 1) if columns else tensor
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.tensors[key].dtype
+
+
+def type_of(folder: Path) -> str | None:
+    """The type (a key of DTYPES) of a model's files; None where they are of several."""
+    with Reader(folder) as reader:
+        found = {reader.dtype(key) for key in reader if reader.dtype(key).is_floating_point}
+    return next((name for name, kind in DTYPES.items() if found == {kind}), None)
 
 
 _DTYPES = {
@@ -130,8 +178,8 @@ def rounded(denoiser: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def write(
-    sources: Mapping[str, tuple[str | None, tuple[tuple[int, int], ...], torch.Size]],
-    reader: Reader,
+    sources: Mapping[str, Source],
+    reader: Reader | Held,
     folder: Path,
     *,
     dtype: torch.dtype | None = None,
@@ -140,26 +188,24 @@ def write(
 ) -> int:
     """Write a model's weight files as diffusers does; returns their bytes.
 
-    sources: name -> (name in the reader or None for zeros, ranges of rows, shape). dtype: None keeps each tensor's own.
-    shard: bytes (or "5GB") of a file at most; beyond that there are several and an index. variant: put into the names.
+    sources: name -> what is read for it. dtype: None keeps each tensor's own. shard: bytes (or "5GB") of a file at most; beyond
+    that there are several and an index. variant: put into the names.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     middle = f".{variant}" if variant else ""
-    if absent := next((k for k, _, _ in sources.values() if k is not None and k not in reader), None):
+    if absent := next((s.key for s in sources.values() if s.key is not None and s.key not in reader), None):
         raise UserError(f"{reader.files[0]}: holds no {absent}, which the model has. Save it anew with `save_pretrained`.")
 
     def kind(key: str) -> torch.dtype:
-        source = sources[key][0]
-        own = reader.dtype(source) if source is not None else reader.dtype(next(k for k, _, _ in sources.values() if k))
+        source = sources[key].key
+        own = reader.dtype(source) if source is not None else reader.dtype(next(s.key for s in sources.values() if s.key))
         return dtype if dtype is not None and own.is_floating_point else own
 
     plan = split_state_dict_into_shards_factory(
-        {
-            key: (key, shape) for key, (_, _, shape) in sources.items()
-        },  # any object stands for a tensor, a string is passed over
+        {k: (k, source.shape) for k, source in sources.items()},  # any object stands for a tensor, a string is passed over
         get_storage_size=lambda entry: entry[1].numel() * kind(entry[0]).itemsize,
         filename_pattern=f"{NAME}{middle}{{suffix}}.safetensors",
         max_shard_size=shard,
@@ -168,8 +214,8 @@ def write(
     for name, keys in plan.filename_to_tensors.items():
         held = {}
         for key in keys:
-            source, rows, shape = sources[key]
-            tensor = torch.zeros(shape) if source is None else reader.get(source, rows)
+            key_there, shape, rows, columns = sources[key]
+            tensor = torch.zeros(shape) if key_there is None else reader.get(key_there, rows, columns)
             held[key] = tensor.to(kind(key)).contiguous()
         with disk_errors(folder / name):
             try:

@@ -82,6 +82,17 @@ class Images:
                     found = decode(read(name))
                 yield name, *found
 
+    def reader(self) -> Callable[[str], Tensor | None]:
+        """A function from one of `names` to its pixels (H, W, 3), None if it cannot be read. It keeps a zip open."""
+        _, read = self._open(ExitStack())
+
+        def pixels(name: str) -> Tensor | None:
+            with suppress(*UNREADABLE):
+                return decode(read(name))[0]
+            return None
+
+        return pixels
+
     def takes(self, pixels: Tensor) -> bool:
         """Whether an image (H, W, 3) is in the half that is asked for."""
         return self.split is None or half(pixels) == self.split

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..core.errors import UserError
-from ._task import SLACK, Additivity, Option, Pruned, Space, Task, enough, gathered, needed, until_met
+from ._task import SLACK, Additivity, Option, Pruned, Space, Task, enough, gathered, needed, rest, until_met, usable
 
 if TYPE_CHECKING:
     from ..core.candidate import Cut
@@ -43,19 +42,19 @@ def prune(task: Task, config: Config, rng: random.Random) -> Pruned:
     finite = {Option(cuts, 0.0).name: score for cuts, score in scores.items() if cuts and math.isfinite(score)}
     if broken := len(scores) - 1 - len(finite):
         task.say(f"{broken} of {len(scores) - 1} cuts make the output infinite or NaN: they are not considered")
-    spaces = _usable(task.spaces, scores, task.need)
+    spaces = usable("laptop", task.spaces, scores, task.need)
     additivity = _additivity(task, spaces, scores, config.additivity, rng)
 
     space, _ = _choose(spaces, scores, task.need, config.solver)
     base, taken, now = space.base, dict[Option, float](), scores  # taken: option -> what it added to the loss
     for number in range(1, config.rounds + 1):
-        rest, part = _rest(space, list(taken)), base.saved + (task.need - base.saved) * number / config.rounds
-        if enough(rest.base.saved, part):
+        left, part = rest(space, list(taken)), base.saved + (task.need - base.saved) * number / config.rounds
+        if enough(left.base.saved, part):
             continue
         if number > 1:  # what is chosen stays chosen; the rest is scored on top of it
             task.say(f"round {number} of {config.rounds}: {len(taken)} choices so far; the layers left are scored again")
-            now = _scored(task, (rest,), rest.base.cuts)
-        _, chosen = _choose(_usable((rest,), now, task.need), now, part, config.solver)
+            now = _scored(task, (left,), left.base.cuts)
+        _, chosen = _choose(usable("laptop", (left,), now, task.need), now, part, config.solver)
         taken |= {option: now[option.cuts] for option in chosen}
     kept = needed(list(taken), base, task.need)
     return Pruned(
@@ -75,21 +74,6 @@ def _scored(task: Task, spaces: tuple[Space, ...], given: "tuple[Cut, ...]" = ()
     before, *after = known
     more = [loss - before if math.isfinite(loss - before) else math.inf for loss in after]
     return {(): 0.0, given: 0.0, **{cuts: max(0.0, loss) for cuts, loss in zip(wanted, more, strict=True)}}
-
-
-def _usable(spaces: tuple[Space, ...], scores: "Scores", need: float) -> tuple[Space, ...]:
-    """Spaces without what makes the output infinite."""
-    found = []
-    for space in spaces:
-        sites = (tuple(option for option in site if math.isfinite(scores[option.cuts])) for site in space.sites)
-        if math.isfinite(scores[space.base.cuts]):
-            found.append(Space(tuple(site for site in sites if site), space.base))
-    reach = tuple(space for space in found if enough(space.most, need))
-    if not reach:
-        raise UserError(
-            "laptop: too many cuts make the output infinite or NaN to choose enough of the others. Is the model broken?"
-        )
-    return reach
 
 
 def _choose(spaces: tuple[Space, ...], scores: "Scores", need: float, solver: str) -> tuple[Space, list[Option]]:
@@ -112,12 +96,6 @@ def _choose(spaces: tuple[Space, ...], scores: "Scores", need: float, solver: st
             best = (loss, space, chosen)
     assert best is not None, "every space can reach the target"
     return best[1], best[2]
-
-
-def _rest(space: Space, taken: list[Option]) -> Space:
-    """The space after a choice: what is taken belongs to the base."""
-    base = Option(gathered(space.base, taken), space.base.saved + sum(o.saved for o in taken))
-    return Space(tuple(site for site in space.sites if not any(o in taken for o in site)), base)
 
 
 def _additivity(task: Task, spaces: tuple[Space, ...], scores: "Scores", count: int, rng: random.Random) -> Additivity | None:

@@ -48,13 +48,14 @@ class Config(BaseModel):
     middle: Middle | None = None  # whole, one ResNet, or none
     middle_depth: int | None = Field(default=None, ge=0)  # transformer blocks that stay in the middle
     stages: int | None = Field(default=None, ge=1)  # outer stages that stay
+    experts: bool = False  # convolutions that go become experts of those that stay (A-SDM): to be taught afterwards
 
 
 def prune(task: Task, config: Config, rng: random.Random) -> Pruned:
     """The cuts that turn the U-Net into the one of the map. Raises UserError where the map is not for this U-Net."""
     unet: Any = task.denoiser
     is_made_of_pairs(unet)
-    given = {k: v for k, v in config.model_dump().items() if v is not None and k != "preset"}
+    given = {k: v for k, v in config.model_dump().items() if v not in (None, False) and k != "preset"}
     if config.preset is not None:
         preset = _preset(config.preset, unet)
         if config.middle in ("resnet", "none"):
@@ -135,12 +136,29 @@ def _cuts(unet: Any, config: Config) -> list[Cut]:
             stay = tuple(range(keep)) if side == "down" else (*range(keep - 1), have - 1)
             if keep < have:
                 cuts.append(Cut(address=address, what="keep_layers", value=stay))
+                cuts += _experts(address, block, stay) if config.experts else []
             depths = config.down_depths if side == "down" else config.up_depths
             if depths is not None:
                 _fits(f"{side}_depths", depths, stages)
                 position = k if side == "down" else stages - 1 - k
                 cuts += _shallower(address, block, stay, depths[position])
     return cuts + _middle(unet, config)
+
+
+def _experts(address: str, block: Any, stay: tuple[int, ...]) -> list[Cut]:
+    """A-SDM's assembly (arXiv 2406.00210): each 3x3 convolution that goes becomes an expert of the nearest one of its shape that stays.
+
+    Which convolutions inherit from which is not in the text that we could read: ours.
+    """
+    taken: dict[str, list[str]] = {}
+    for i in (i for i in range(len(block.resnets)) if i not in stay):
+        for name in ("conv1", "conv2"):
+            shape = getattr(block.resnets[i], name).weight.shape
+            fits = [j for j in stay if getattr(block.resnets[j], name).weight.shape == shape]
+            if fits:
+                nearest = min(fits, key=lambda j: (abs(j - i), j))
+                taken.setdefault(f"{address}.resnets.{nearest}.{name}", []).append(f"{address}.resnets.{i}.{name}")
+    return [Cut(address=kept, what="replace", value=" ".join(["experts", *gone])) for kept, gone in taken.items()]
 
 
 def _shallower(address: str, block: Any, stay: tuple[int, ...], depth: int | list[int]) -> list[Cut]:

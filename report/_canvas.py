@@ -29,10 +29,23 @@ THEME = {
 
 def new_figure(height: float) -> tuple["Figure", "Axes"]:
     """A figure of WIDTH by `height` inches with one plot in it, transparent, on no global state."""
+    figure, (axes,) = new_panels(1, height)
+    return figure, axes
+
+
+def new_panels(count: int, height: float) -> tuple["Figure", list["Axes"]]:
+    """Plots below each other, each with its own scale; `height` in inches each."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="none")
-    axes = figure.add_subplot(facecolor="none")
+    figure = Figure(figsize=(WIDTH, height * count), layout="constrained", facecolor="none")
+    panels = [figure.add_subplot(count, 1, place, facecolor="none") for place in range(1, count + 1)]
+    for axes in panels:
+        _bare(axes)
+    return figure, panels
+
+
+def _bare(axes: "Axes") -> None:
+    """Two quiet spines, small ticks, a faint grid."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -42,7 +55,6 @@ def new_figure(height: float) -> tuple["Figure", "Axes"]:
     axes.yaxis.label.set(color=INK, fontsize=10.5)
     axes.grid(color=LINE, linewidth=0.6, alpha=0.7)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def new_rows(names: Sequence[str], height: float, mono: bool = False) -> tuple["Figure", "Axes"]:

@@ -22,7 +22,12 @@ def facts(title: str, pairs: Iterable[tuple[str, str]]) -> list[str]:
 
 def bullets(title: str, texts: Sequence[str]) -> list[str]:
     """A section that is a list; no section without an entry."""
-    return [f"## {title}", "\n".join(f"- {block(cell(text))}" for text in texts)] if texts else []
+    return [f"## {title}", listing(texts)] if texts else []
+
+
+def listing(texts: Iterable[str]) -> str:
+    """A list; every text goes through `cell`."""
+    return "\n".join(f"- {block(cell(text))}" for text in texts)
 
 
 def pictures(named: Sequence[tuple[str, str | None]]) -> str:

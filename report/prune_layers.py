@@ -6,6 +6,8 @@ from ..core.candidate import Cut
 from ._words import short
 from .prune_schema import LayerScore, PruneReport
 
+RUNS = 8  # ranges of indices that are written out
+
 
 def cheapest(report: PruneReport) -> list[LayerScore]:
     """The scored layers by rising score."""
@@ -58,8 +60,11 @@ def cut_rows(report: PruneReport) -> list[tuple[str, str, str, str, str]]:
     return [_cut_row(cut, known.get(cut.address), gone.get(cut.address, [])) for cut in report.cuts]
 
 
-def change(cut: Cut) -> str:
-    """
+def change(cut: Cut, of: int | None = None) -> str:
+    """What a cut does to a layer. of: how many heads, units or channels there were.
+
+    >>> change(Cut(address="a", what="keep_units", value=tuple(range(0, 40, 2))), 40)
+    'keep units 0, 2, 4, 6, 8, 10, 12, 14, … (20 of 40 stay)'
     >>> change(Cut(address="a", what="keep_heads", value=(0, 1, 2, 5))), change(Cut(address="a", what="remove"))
     ('keep heads 0-2, 5 (4 stay)', 'remove')
     >>> change(Cut(address="a", what="replace", value="empty")), change(Cut(address="a", what="remove", value="hidden_states"))
@@ -67,7 +72,8 @@ def change(cut: Cut) -> str:
     """
     words = cut.what.replace("_", " ")
     if isinstance(cut.value, tuple):
-        return f"{words} {_ranges(cut.value)} ({len(cut.value)} {'stays' if len(cut.value) == 1 else 'stay'})"
+        left = f"{len(cut.value)} of {of}" if of else str(len(cut.value))
+        return f"{words} {_ranges(cut.value)} ({left} {'stays' if len(cut.value) == 1 else 'stay'})"
     if not cut.value:
         return words
     return f"replace by {cut.value}" if cut.what == "replace" else f"{words} ({cut.value} passes through)"
@@ -76,6 +82,9 @@ def change(cut: Cut) -> str:
 def _cut_row(cut: Cut, layer: LayerScore | None, gone: Sequence[LayerScore]) -> tuple[str, str, str, str, str]:
     if layer is not None and layer.cut:
         return cut.address, kind(layer), change(cut), f"{layer.params:,}", short(layer.score)
+    if layer is not None and layer.width and isinstance(cut.value, tuple):  # the same for every head, unit, channel
+        freed = round(layer.params * (1 - len(cut.value) / layer.width))
+        return cut.address, kind(layer), change(cut, layer.width), f"{freed:,}", short(layer.score)
     if layer is not None:  # it stays in part: what its parts weigh is not listed
         return cut.address, kind(layer), change(cut), "–", "–"
     inside = f"{len(gone)} layer{'' if len(gone) == 1 else 's'}" if gone else ""
@@ -91,6 +100,8 @@ def _ranges(numbers: Sequence[int]) -> str:
     """
     >>> _ranges((5, 0, 1, 2)), _ranges(())
     ('0-2, 5', 'none')
+
+    lissom.json has all of a long list.
     """
     runs: list[list[int]] = []
     for number in sorted(numbers):
@@ -98,4 +109,5 @@ def _ranges(numbers: Sequence[int]) -> str:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
+    more = ["…"] if len(runs) > RUNS else []
+    return ", ".join([*(str(a) if a == b else f"{a}-{b}" for a, b in runs[:RUNS]), *more]) or "none"

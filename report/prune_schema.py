@@ -35,6 +35,7 @@ class LayerScore(Data):
     macs: int | None = None  # saved by cutting it, per image and call
     score: float | None = None  # what the method thinks its loss is; None for methods that score nothing
     cut: bool = False
+    width: int | None = None  # heads, units or channels, where it could have got narrower: params and macs are those of all
 
 
 class Additivity(Data):
@@ -49,7 +50,7 @@ class Additivity(Data):
 class Scored(Data):
     """A model and what was measured on seeds that nothing else used."""
 
-    name: Literal["before", "after"]
+    name: Literal["teacher", "before", "after"]
     measurements: tuple[Measurement, ...]
     sheet: str | None = None  # contact sheet of samples, a PNG beside report.json; the same seeds in both
 
@@ -77,7 +78,8 @@ class PruneReport(Data):
     score_label: str = ""  # what the scores of the layers are, e.g. "output loss"
     layers: tuple[LayerScore, ...] = ()  # in the order of the network
     cuts: tuple[Cut, ...]
-    loss: float | None = None  # E |eps(pruned) - eps|^2 per element on the calibration calls, all cuts together
+    loss: float | None = None  # of all cuts together
+    loss_is: str = "E |eps(pruned) - eps|^2 per element on the calibration calls"  # what `loss` is
     predicted_loss: float | None = None  # the sum of the scores of what was cut
     additivity: Additivity | None = None
     scored: tuple[Scored, ...] = ()  # before and after; empty when nothing was sampled

@@ -7,11 +7,13 @@ from typing import Literal, NamedTuple
 
 from ..core.measurement import Measurement, difference, ratio
 from ._words import NOT_MEASURED, bracketed, counted, duration, heading, listed, measured_under, quoted, seed_block, short
+from .distill_schema import DistillReport
 from .prune_schema import Additivity, Latency, PruneReport
 
 Pace = Literal["faster", "unclear", "slower"]
 PACES: tuple[Pace, ...] = ("faster", "unclear", "slower")  # from best to worst
 NOT_PLAIN = "NOT PLAIN DIFFUSERS: it opens only with trust_remote_code=True"
+PLAIN = "DiffusionPipeline.from_pretrained opens it without trust_remote_code and without lissom."
 SAME_OUTPUT = 1e-3  # relative difference after a reload; float32 gives about 1e-6, half precision about 1e-3
 UNKNOWN = "not known"  # which way a metric went: there is no interval
 SIZES = ("", "before", "after", "share")  # headings of the rows below
@@ -50,7 +52,7 @@ def verdict(report: PruneReport) -> Verdict:
     return Verdict(outcome, "; ".join(parts) + f". {NOT_PLAIN}.")
 
 
-def not_plain(report: PruneReport) -> str:
+def not_plain(report: PruneReport | DistillReport) -> str:
     """The loud sentence about a result that stock diffusers does not open; empty for one that it does."""
     if report.opens_plain:
         return ""
@@ -173,7 +175,7 @@ def losses(report: PruneReport) -> str:
     if report.loss is None and report.predicted_loss is None:
         return ""
     real = NOT_MEASURED if report.loss is None else short(report.loss)
-    text = f"Loss of all cuts together, E |eps(pruned) - eps|^2 per element on the calibration calls: {real}"
+    text = f"Loss of all cuts together, {report.loss_is}: {real}"
     if report.predicted_loss is not None:
         text += f"; the sum of the scores of what was cut predicted {short(report.predicted_loss)}"
     return text + "."
@@ -181,16 +183,20 @@ def losses(report: PruneReport) -> str:
 
 def opening(report: PruneReport) -> list[str]:
     """How the result is opened and how well that was checked."""
-    how = not_plain(report) or "DiffusionPipeline.from_pretrained opens it without trust_remote_code and without lissom."
+    how = not_plain(report) or PLAIN
     names = f"{counted(report.renamed, 'module')} changed names; lissom.json has the map." if report.renamed else ""
-    gap = report.reload_difference
+    return [text for text in (how, names, reloaded(report.reload_difference)) if text]
+
+
+def reloaded(gap: float) -> str:
+    """What the check in a fresh process found."""
     same = (
         "the output is the same to the last bit" if gap == 0 else f"outputs differ by at most {gap:.2g} of their largest value"
     )
-    return [text for text in (how, names, f"Reload check, in a fresh process against the model in memory: {same}.") if text]
+    return f"Reload check, in a fresh process against the model in memory: {same}."
 
 
-def spent(report: PruneReport) -> list[tuple[str, str]]:
+def spent(report: PruneReport | DistillReport) -> list[tuple[str, str]]:
     """What the run cost. Keys that speak of seconds are printed as durations."""
     return [
         (key.replace("_", " "), duration(value) if "second" in key else f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..core import memory
 from ..core.candidate import Cut, SamplingPlan, Scheduler, Seeds
-from ..core.stages import PruneStage
+from ..core.stages import DistillStage, PruneStage
 from ..report.prune_schema import Latency, Scored
 from ..report.schema import Ratio
 from ._evaluator import Evaluator, draw_sheet
@@ -25,9 +25,9 @@ CONFIDENCE = 0.95  # of the interval of a median
 
 
 class Quality:
-    """Scores the parent and the pruned model alike: same seeds, same reference, same metrics. Holds neither of them."""
+    """Scores the parent and what is made of it alike: same seeds, same reference, same metrics. Holds neither of them."""
 
-    def __init__(self, parent: Subject, stage: PruneStage, folder: Path) -> None:
+    def __init__(self, parent: Subject, stage: PruneStage | DistillStage, folder: Path) -> None:
         """Refuses now what could not be scored later. folder: of the stage; keeps what was measured."""
         self.stage, self.folder, self.evaluate = stage, folder, parent.context.recipe.evaluate
         self.paints = stage.measure and parent.conditions.source != "stand-in"
@@ -39,7 +39,7 @@ class Quality:
             self.views = parent.views("report", folder)  # compared with the parent's own images, where there are no others
             self._evaluator(parent)
 
-    def of(self, name: Literal["before", "after"], subject: Subject, plan: SamplingPlan | None) -> Scored:
+    def of(self, name: Literal["teacher", "before", "after"], subject: Subject, plan: SamplingPlan | None) -> Scored:
         """Measurements and a sheet of samples; only the sheet where nothing says what to compare images by.
 
         Not for models that nobody tells what to paint (`paints`). plan: to follow instead of the pipeline's own schedule.

@@ -49,6 +49,7 @@ class Gauge:
             self.counted = self.denoiser if first.is_meta else _twin(self.denoiser)
         self.known = anatomy.layers(self.denoiser)
         self._after: dict[tuple[Cut, ...], tuple[int, int]] = {}
+        self._operators: list[Layer] | None = None
         self.table = self._count()
         if anatomy.unlisted(self.denoiser) and not next(self.denoiser.parameters()).is_meta:
             self.known += anatomy.traced(self.denoiser, lambda: self.denoiser(**self.probe()))
@@ -78,6 +79,16 @@ class Gauge:
                 macs = self.macs - self.after([cut])[1]
             out.append(replace(layer, macs=macs))
         return out
+
+    def operators(self) -> "list[Layer]":
+        """Single operators that can be cut, with their MACs. They are no part of `layers`: there would be hundreds."""
+        import torch
+
+        from ..core.operators import operators
+
+        if self._operators is None:
+            self._operators = operators(self.counted, lambda: self.counted(**self.example(1, "meta", torch.float32)))
+        return self._operators
 
     def after(self, cuts: Sequence[Cut]) -> tuple[int, int]:
         """(parameters, MACs) with cuts. Counted once."""

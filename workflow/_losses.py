@@ -1,6 +1,5 @@
 """Output losses of cuts on recorded calls, kept on disk as they are measured: kill -9 loses those of one recorded call."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..core import memory
 from ..core.candidate import Cut, canonical
 from ..core.errors import SamplingError, UserError
-from ..core.files import disk_errors, write_text
+from ._scores import Scores
 
 if TYPE_CHECKING:
     from ..core.calibration import Inputs
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
 
 class Losses:
     """E|eps(cut) - eps|^2 per element over all recorded calls; asked twice, answered from the file."""
+
+    what = "E |eps(pruned) - eps|^2 per element on the calibration calls"
 
     def __init__(self, pipe: Any, inputs: "Sequence[Inputs]", path: Path, identity: str, progress: Any) -> None:
         """identity: of everything that the losses depend on beside the call and the cuts. UserError where the file has another."""
@@ -28,11 +29,10 @@ class Losses:
             raise UserError(
                 f"none of the {len(inputs)} recorded calls is of the {first}. Record more: raise times and calibration."
             )
-        self.path, self.progress = path, progress
+        self.progress = progress
         self.cuts_scored = 0  # in this session, over all calls
         self.seconds = self.whole_seconds = 0.0  # spent on them; what as many forwards of the whole denoiser take
-        self._known: dict[tuple[str, str], float] = {}
-        self._open(canonical({"identity": identity}))
+        self._scores = Scores(path, identity)
 
     def __call__(self, options: Sequence[tuple[Cut, ...]]) -> list[float]:
         """The loss of every option, each alone against the whole model."""
@@ -40,33 +40,29 @@ class Losses:
         self.progress.phase(f"losses of {len(options)} cuts", len(self.inputs))
         for call in self.inputs:
             own = _name(call)
-            missing = [i for i, name in enumerate(names) if options[i] and (own, name) not in self._known]
+            missing = [i for i, name in enumerate(names) if options[i] and (own, name) not in self._scores.known]
             if missing:
                 found = self._measured(call, [options[i] for i in missing])
                 self.cuts_scored += len(missing)
-                lines = []
-                for i, loss in zip(missing, found, strict=True):
-                    self._known[own, names[i]] = loss
-                    lines.append(json.dumps([own, names[i], loss]) + "\n")
-                with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
-                    file.writelines(lines)
+                self._scores.add([(own, names[i]) for i in missing], found)
             self.progress.advance(fresh=bool(missing))
         return [self._mean(name) if options[i] else 0.0 for i, name in enumerate(names)]
 
-    def _open(self, head: str) -> None:
-        """Read what was measured before; half a line that kill -9 left goes."""
-        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
-        first, *lines = text.split("\n")
-        if text and first != head:
-            raise UserError(
-                f"{self.path}: holds losses that were measured under other conditions (device, dtype, chunk, prompts, data, or another "
-                "lissom). Go on as the run was started, or choose another --out."
-            )
-        for line in lines[:-1]:  # the last one is empty, or torn
-            call, cuts, loss = json.loads(line)
-            self._known[call, cuts] = loss
-        if not text.endswith("\n"):
-            write_text(self.path, "\n".join([head, *lines[:-1]]) + "\n")
+    def facts(self) -> dict[str, object]:
+        """What the losses were measured on, for the report."""
+        images = sum(len(call.images) for call in self.inputs)
+        levels = ", ".join(f"{t:g}" for t in sorted({call.timestep for call in self.inputs}, reverse=True))
+        return {"images": images, "timesteps": levels}
+
+    def spent(self) -> dict[str, float]:
+        """Of this session: what was found in the folder took nothing."""
+        if not self.cuts_scored:
+            return {}
+        return {
+            "losses_measured": float(self.cuts_scored),
+            "seconds_for_losses": self.seconds,
+            "forwards_per_loss": self.seconds / max(self.whole_seconds, 1e-9),
+        }
 
     def _measured(self, call: "Inputs", options: Sequence[tuple[Cut, ...]]) -> list[float]:
         """On one call; on halves of it where memory runs out."""
@@ -92,7 +88,7 @@ class Losses:
         return found
 
     def _mean(self, name: str) -> float:
-        return sum(self._known[_name(c), name] * c.rows for c in self.inputs) / sum(c.rows for c in self.inputs)
+        return sum(self._scores.known[_name(c), name] * c.rows for c in self.inputs) / sum(c.rows for c in self.inputs)
 
 
 def _name(call: "Inputs") -> str:

@@ -32,17 +32,22 @@ def pruned(stage: SearchStage, subject: Subject, plans: Plans, best: SamplingPla
     The method's losses are kept in `folder`. Sizes that cannot be reached are passed over.
     """
     from ..core import methods
-    from ._losses import Losses
     from ._prune_job import choose, job_of
-    from .prune import calibration_calls, losses_identity
+    from .prune import losses_of
 
     if stage.seeded_by is None or not plans.space.sites:
         return []
     model, progress, gauge = subject.model, subject.context.progress, plans.weigh.gauge
     goal = plans.space.budget.get("macs")
     module = methods.load("prune", stage.seeded_by)
-    # The pruner's test of its own assumption is for its report; here it would only take time.
-    settings = {"additivity": 0} if "additivity" in module.Config.model_fields else {}
+    if getattr(module, "narrows", False):
+        raise UserError(
+            f"seeded_by: {stage.seeded_by} makes layers narrower, and a search of cuts takes whole ones. Name another, e.g. laptop."
+        )
+    # The pruner's test of its own assumption is for its report; here it would only take time. Trajectories are as long as those
+    # that are searched.
+    wanted = {"additivity": 0, "solver_steps": stage.steps}
+    settings = {key: value for key, value in wanted.items() if key in module.Config.model_fields}
     losses, found = None, []
     for keep in KEEPS if goal is None else ((1 + goal) / 2, goal):
         asked = PruneStage(
@@ -58,9 +63,7 @@ def pruned(stage: SearchStage, subject: Subject, plans: Plans, best: SamplingPla
         except UserError as e:
             progress.say(f"{stage.seeded_by}: no opening with {keep:.0%} of the MACs ({e})")
             continue
-        if losses is None and module.calibrated:
-            calls, identity = calibration_calls(asked, subject), losses_identity(asked, subject)
-            losses = Losses(model.pipe, calls, folder / "scores.jsonl", identity, progress)
+        losses = losses or losses_of(asked, job, subject, folder)
         cuts = choose(job, losses, subject.context.recipe.seed, progress).cuts
         genome = plans.space.genome(Candidate(plan=best, cuts=cuts))
         if genome is None:

@@ -5,10 +5,11 @@ from typing import Any
 from ..core import blueprints, export
 from ..core.stages import PruneStage
 from ._gauge import Gauge
-from ._prune_job import Job, choose, gauge_of, job_of
-from ._subject import Subject
+from ._prune_job import Job, choose, gauge_of, job_of, trajectory_steps
+from ._subject import Subject, default_steps
 from .context import Context
 
+LEVELS = 1000  # noise levels that nearly all models are trained at
 FULL = 4.0  # bytes of a parameter where there is no file to look at
 
 
@@ -18,13 +19,15 @@ def estimate(stage: PruneStage, ref: str, context: Context) -> dict[str, Any]:
     Methods that measure losses first are not run: for them `after` holds bounds (`at_most`), and how much would be measured.
     """
     if ref.startswith("config:"):
+        import diffusers
+
         blueprint = blueprints.load(ref.removeprefix("config:"))
         gauge = Gauge(blueprint.denoiser, latent=blueprint.latent, text_tokens=blueprint.text_tokens)
-        others, bytes_each = 0, FULL
+        others, bytes_each, steps = 0, FULL, default_steps(getattr(diffusers, blueprint.pipeline))
         job = job_of(stage, gauge, others, ref, "cpu", None)
     else:
         subject = Subject.load(ref, context, painting=False)
-        model, gauge = subject.model, gauge_of(subject)
+        model, gauge, steps = subject.model, gauge_of(subject), subject.default_steps
         others = model.parameters - gauge.params
         bytes_each = export.disk_size(model.folder / model.denoiser_name) / gauge.params
         job = job_of(stage, gauge, others, model.ref, model.device, None)
@@ -33,7 +36,7 @@ def estimate(stage: PruneStage, ref: str, context: Context) -> dict[str, Any]:
         bytes_each = 4.0 if stage.save_dtype == "float32" else 2.0
     found: dict[str, Any] = {"stage": f"prune: {stage.method}", "model": ref, "before": before}
     if job.module.calibrated:
-        return found | _bounds(stage, job, others, bytes_each)
+        return found | _bounds(stage, job, others, bytes_each) | _work(stage, job, steps)
     result = choose(job, None, context.recipe.seed, context.progress)
     plan = export.structure(gauge.denoiser, result.cuts, plain_only=stage.require_plain_load)
     after = {"parameters": plan.params + others, "macs": gauge.after(result.cuts)[1], "disk": round(plan.params * bytes_each)}
@@ -43,7 +46,6 @@ def estimate(stage: PruneStage, ref: str, context: Context) -> dict[str, Any]:
 def _bounds(stage: PruneStage, job: Job, others: int, bytes_each: float) -> dict[str, Any]:
     """Where the losses decide what goes: the target holds, of the rest we know that it does not grow."""
     gauge, left = job.gauge, job.total - job.need
-    scored = {o.cuts for space in job.spaces for site in (*space.sites, (space.base,)) for o in site if o.cuts}
     params = round(left) if stage.of == "params" else gauge.params + others
     return {
         "after": {
@@ -52,9 +54,27 @@ def _bounds(stage: PruneStage, job: Job, others: int, bytes_each: float) -> dict
             "macs": round(left) if stage.of == "macs" else gauge.macs,
             "disk": round((params - others) * bytes_each),
         },
-        "scored": len(scored),
-        "denoiser_calls": len(scored) * min(stage.times, stage.calibration),
     }
+
+
+def _work(stage: PruneStage, job: Job, default: int) -> dict[str, Any]:
+    """How much is measured. default: steps of the pipeline's own trajectories."""
+    scored = {o.cuts for space in job.spaces for site in (*space.sites, (space.base,)) for o in site if o.cuts}
+    if job.module.calibrated == "gradients":
+        return _passes(stage, job, default)
+    if job.module.calibrated != "latents":
+        return {"scored": len(scored), "denoiser_calls": len(scored) * min(stage.times, stage.calibration)}
+    steps = trajectory_steps(job) or default
+    forwards = stage.calibration * steps * (len(scored) + 1)  # the whole model samples too
+    return {"scored": len(scored), "solver_steps": steps, "denoiser_forwards": forwards}
+
+
+def _passes(stage: PruneStage, job: Job, default: int) -> dict[str, Any]:
+    """Of gradients, if every noise level counts: a forward and a backward of each image at each, and what makes the images."""
+    visited = -(-LEVELS // int(getattr(job.config, "stride", 1)))
+    made = stage.calibration * (trajectory_steps(job) or default) if stage.data in (None, "teacher") else 0
+    passes = stage.calibration * visited
+    return {"scored": len(job.widths), "visited": visited, "denoiser_forwards": made + passes, "denoiser_backwards": passes}
 
 
 def say(found: dict[str, Any]) -> str:
@@ -63,6 +83,17 @@ def say(found: dict[str, Any]) -> str:
     bound = "at most " if after.get("at_most") else ""
     parts = [f"{before[key]:,} -> {bound}{after[key]:,} {unit}" for key, unit in UNITS.items()]
     text = f"{found['stage']} on {found['model']}: " + "; ".join(parts)
+    if "denoiser_backwards" in found:
+        return text + (
+            f". Gradients at no more than {found['visited']} noise levels decide what goes from {found['scored']} layers: up to "
+            f"{found['denoiser_forwards']:,} forwards and {found['denoiser_backwards']:,} backward passes of one image"
+        )
+    if "denoiser_forwards" in found:
+        return text + (
+            f". The latents of whole trajectories with each of {found['scored']} cuts decide what goes: "
+            f"{found['denoiser_forwards']:,} denoiser forwards of one image, at {found['solver_steps']} solver steps, and "
+            "again of what is left for every rescoring"
+        )
     if after.get("at_most"):
         return text + (
             f". The losses of {found['scored']} cuts decide what goes: {found['denoiser_calls']:,} denoiser calls, each of about "

@@ -1,8 +1,8 @@
 """What a prune stage asks of a denoiser: which layers may be cut, what each saves, how much must go; and the method's answer."""
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -13,16 +13,19 @@ from ..core.errors import UserError
 from ..core.stages import PruneStage
 from ._gauge import TEXT_TOKENS, Gauge, layer_times
 from ._kept import kept
-from ._losses import Losses
 from ._subject import Subject
 from .context import Progress
 
 if TYPE_CHECKING:
     from ..core.anatomy import Layer
     from ..core.calibration import Inputs
+    from ..core.widths import Width
     from ..prune._task import Pruned, Space
+    from ._gradients import Gradients
 
 UNITS = ("resnet", "attention", "transformer_block", "block")
+OPERATOR = "operator"  # the kind that is listed only where units ask for it
+Losses = Callable[[Sequence[tuple[Cut, ...]]], list[float]]  # of each choice of cuts; see Task.losses
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Job:
     spaces: "tuple[Space, ...]"
     total: float  # cost of the whole, in what the target is set in
     need: float  # to be saved at least
+    of: str = "params"  # what that is
+    widths: "tuple[Width, ...]" = ()  # of a method that makes layers narrower: those that may be
 
 
 def gauge_of(subject: Subject) -> Gauge:
@@ -73,6 +78,7 @@ def job_of(
     folder: keeps measured times, of the model that `identity` is a hash of.
     """
     from ..prune import _spaces
+    from . import _widths
 
     module = methods.load("prune", stage.method)
     config = recipe.settings("prune", stage.method, stage.settings)
@@ -81,11 +87,20 @@ def job_of(
         raise UserError(f"{stage.method}: brings its own structure, so that there is no keep to set. Leave keep out.")
     if own and (stage.units or stage.include or stage.exclude):
         raise UserError(f"{stage.method}: brings its own structure; units, include and exclude choose nothing. Leave them out.")
+    if module.calibrated == "latents":
+        _check_latents(stage)
+    if module.calibrated == "gradients" and stage.times != PruneStage.model_fields["times"].default:
+        raise UserError(
+            f"{stage.method}: visits the noise levels one after the other, so that times chooses none. Leave it out."
+        )
     if own:
         return Job(module, config, gauge, (), (), float(gauge.params + others), 0.0)
-    layers = tuple(cuttable(stage, gauge, name))
-    if stage.of == "latency":
-        total, table = _times(gauge, name, device, folder, identity)
+    widths = _widths.chosen(stage, gauge, name) if getattr(module, "narrows", False) else ()
+    layers = tuple(_widths.listed(gauge, widths) if widths else cuttable(stage, gauge, name))
+    if widths:
+        total, saves = float(gauge.macs if stage.of == "macs" else gauge.params + others), _widths.saves(gauge, stage.of)
+    elif stage.of == "latency":
+        total, table = _times(gauge, layers, name, device, folder, identity)
         saves = _spaces.per_layer(table, gauge.counted, lambda cuts: time_inside(gauge, table, cuts))
     elif stage.of == "macs":
         total, table = float(gauge.macs), {layer.address: float(layer.macs or 0) for layer in layers}
@@ -95,7 +110,9 @@ def job_of(
         saves = _spaces.per_layer(table, gauge.counted, lambda cuts: float(gauge.params_saved(cuts)))
     keep = stage.share
     need = (1 - keep) * total
-    if stage.require_plain_load:
+    if widths:
+        spaces = [_widths.space(widths, saves)]
+    elif stage.require_plain_load:
         spaces = _spaces.plain_only(gauge.denoiser, layers, saves)
     else:
         spaces = _spaces.any_layer(layers, saves)
@@ -107,18 +124,42 @@ def job_of(
             f"smallest keep is {_up(1 - most / total):g}."
         )
     reach = tuple(space for space in spaces if space.most >= need * (1 - 1e-9))
-    return Job(module, config, gauge, layers, reach, total, need)
+    return Job(module, config, gauge, layers, reach, total, need, stage.of, widths)
 
 
-def choose(job: Job, losses: Losses | None, seed: int, progress: Progress) -> "Pruned":
+def _check_latents(stage: PruneStage) -> None:
+    """UserError for settings of recorded calls, where whole trajectories are scored."""
+    whole = f"{stage.method}: scores the latents that the model's own trajectories end with"
+    if stage.data not in (None, "teacher"):
+        raise UserError(f"{whole}, from noise, so that data ({stage.data}) has no effect. Leave data out.")
+    if stage.times != PruneStage.model_fields["times"].default:
+        raise UserError(
+            f"{whole}, over all noise levels, so that times chooses none. Leave it out; solver_steps are the steps."
+        )
+
+
+def trajectory_steps(job: Job) -> int | None:
+    """Solver steps of the trajectories that a method scores; None for the pipeline's own number."""
+    steps: int | None = getattr(job.config, "solver_steps", None)
+    return steps
+
+
+def choose(job: Job, losses: "Losses | Gradients | None", seed: int, progress: Progress) -> "Pruned":
     """Ask the method."""
     from ..prune._task import Task
+    from . import _widths
 
     def none(options: Sequence[tuple[Cut, ...]]) -> list[float]:
-        raise UserError(f"{job.module.__name__}: asks for losses, but does not say `calibrated = True`.")
+        raise UserError(f'{job.module.__name__}: asks for losses, but does not say `calibrated = True` or `= "latents"`.')
 
     task = Task(job.gauge.denoiser, job.layers, job.spaces, job.need, losses or none, progress.say)
+    if job.widths:
+        task = replace(task, widths=job.widths, saves=_widths.saves(job.gauge, job.of))
+    if (gradients := getattr(losses, "gradients", None)) is not None:
+        task = replace(task, gradients=gradients)
     result: Pruned = job.module.prune(task, job.config, random.Random(seed))
+    for text in result.warnings:
+        progress.warn(f"{job.module.__name__.rpartition('.')[2]}: {text}")
     return result
 
 
@@ -126,15 +167,17 @@ def cuttable(stage: PruneStage, gauge: Gauge, name: str) -> "list[Layer]":
     """The layers that may be cut: of the units asked for, matching the patterns, none inside another."""
     from ..core import surgery
 
-    everything = gauge.layers()
+    operators = gauge.operators() if OPERATOR in stage.units else []
+    everything = [*gauge.layers(), *operators]
     kinds = {layer.kind for layer in everything}
     if not everything:
         raise UserError(
             f"{name}: {type(gauge.denoiser).__name__} has no layer that can be cut. `lissom inspect` shows what it is made of."
         )
     if unknown := [u for u in stage.units if u not in kinds]:
+        there = sorted(kinds | ({OPERATOR} if OPERATOR not in stage.units else set()))
         raise UserError(
-            f"units: {unknown[0]!r}: {name} has none; there are {', '.join(sorted(kinds))}.{methods.suggest(unknown[0], kinds)}"
+            f"units: {unknown[0]!r}: {name} has none; there are {', '.join(there)}.{methods.suggest(unknown[0], there)}"
         )
     units = stage.units or UNITS
     found = [layer for layer in everything if layer.kind in units]
@@ -165,30 +208,40 @@ def _within(address: str, other: str) -> bool:
     return address == other or address.startswith(other + ".")
 
 
-def _times(gauge: Gauge, name: str, device: str, folder: Path | None, identity: str) -> tuple[float, dict[str, float]]:
+def _times(
+    gauge: Gauge, layers: "Sequence[Layer]", name: str, device: str, folder: Path | None, identity: str
+) -> tuple[float, dict[str, float]]:
     """Milliseconds of the whole forward and of each layer. Measured once and kept, so that a resumed run decides alike."""
     first = next(gauge.denoiser.parameters())
     if first.is_meta:
         raise UserError(f"of: latency: {name} is a structure without weights; its time cannot be measured. Use params or macs.")
 
+    single = [layer for layer in layers if layer.kind == OPERATOR]
+
     def make() -> dict[str, Any]:
         inputs = gauge.example(1, first.device, first.dtype)
-        whole, table = layer_times(gauge.denoiser, inputs, [layer.address for layer in gauge.known], device)
+        whole, table = layer_times(gauge.denoiser, inputs, [layer.address for layer in (*gauge.known, *single)], device)
         return {"batch": 1, "whole": whole, "layers": table}
 
-    conditions = [identity, gauge.latent, gauge.text_tokens, device, str(first.dtype)]
+    conditions = [identity, gauge.latent, gauge.text_tokens, device, str(first.dtype), *(layer.address for layer in single)]
     found = make() if folder is None else kept(folder / "latency.json", conditions, make)
     return float(found["whole"]), dict(found["layers"])
 
 
 def time_inside(gauge: Gauge, table: dict[str, float], cuts: tuple[Cut, ...]) -> float:
-    """The time of the listed layers that cuts take out. Of an attention that is emptied, its norm and projections stay."""
+    """The time of the listed layers that cuts take out. Of an attention that is emptied, its norm and projections stay.
+
+    A layer that only gets narrower counts in full: how its time shrinks with its width is not in the table.
+    """
     from ..core import surgery
 
-    target, emptied = gauge.counted, [cut.address for cut in cuts if cut.what == "replace"]
+    target, copied = gauge.counted, [cut.address for cut in cuts if cut.what == "replace"]
+    before = {id(m) for m in target.modules()}
     with surgery.applied(target, cuts):
         left = {id(m) for m in target.modules()}
-    gone = [a for a in table if a not in emptied and id(target.get_submodule(a)) not in left]
+        for old, now in surgery.narrowed_since(target, before):
+            copied += [old, *(f"{old}.{part}" for part in vars(target.get_submodule(now))["narrowed_from"][1])]
+    gone = [a for a in table if a not in copied and id(target.get_submodule(a)) not in left]
     return sum(table[a] for a in gone if not any(a.startswith(b + ".") for b in gone))
 
 

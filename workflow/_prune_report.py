@@ -11,6 +11,8 @@ from ..core.files import write_text
 from ..core.stages import PruneStage
 from ..report import prune_html, prune_markdown
 from ..report.prune_schema import Additivity, Latency, LayerScore, PruneReport, Size
+from ._gradients import Gradients
+from ._latents import Latents
 from ._losses import Losses
 from ._report import again, environment
 from ._subject import Subject
@@ -52,11 +54,12 @@ def build(
     result: "Pruned",
     saved: "Saved",
     measured: Measured,
-    losses: Losses | None,
+    losses: Losses | Latents | Gradients | None,
     folder: Path,
 ) -> PruneReport:
     """The report of a stage, without images: those are scored later. subject: the parent."""
     model, structure, module, scores = subject.model, saved.structure, job.module, _by_layer(result.scores)
+    counts = {width.address: width.count for width in job.widths}
     return PruneReport(
         lissom=__version__,
         model=model.ref,
@@ -74,9 +77,10 @@ def build(
         after=measured.after,
         latency=measured.latency,
         score_label=result.label,
-        layers=tuple(_layer(layer, scores, structure.names) for layer in measured.layers),
+        layers=tuple(_layer(layer, scores, structure.names, counts) for layer in measured.layers),
         cuts=result.cuts,
         loss=measured.loss,
+        loss_is=losses.what if losses is not None else "",
         predicted_loss=result.predicted if losses is not None else None,
         additivity=additivity(result),
         opens_plain=structure.opens == "stock",
@@ -85,9 +89,10 @@ def build(
         renamed=sum(new not in (None, old) for old, new in structure.names.items()),
         reload_difference=saved.difference,
         calibration=_calibration(stage, subject, losses),
-        spent=_spent(losses),
+        spent=losses.spent() if losses is not None else {},
         command=again(folder, subject.context.options),
         environment=environment(model.device, model.dtype),
+        warnings=result.warnings,
     )
 
 
@@ -127,7 +132,7 @@ def _by_layer(scores: dict[str, float]) -> dict[str, float]:
     return {part.partition(" ")[0]: score for name, score in scores.items() for part in name.split(" + ")}
 
 
-def _layer(layer: "Layer", scores: dict[str, float], names: dict[str, str | None]) -> LayerScore:
+def _layer(layer: "Layer", scores: dict[str, float], names: dict[str, str | None], counts: dict[str, int]) -> LayerScore:
     gone = any(new is None and (layer.address == a or layer.address.startswith(a + ".")) for a, new in names.items())
     return LayerScore(
         address=layer.address,
@@ -136,6 +141,7 @@ def _layer(layer: "Layer", scores: dict[str, float], names: dict[str, str | None
         macs=layer.macs,
         score=scores.get(layer.address),
         cut=gone,
+        width=counts.get(layer.address),
     )
 
 
@@ -156,22 +162,9 @@ def additivity(result: "Pruned") -> Additivity | None:
     return Additivity(sums=sums, losses=reals, rank_correlation=rank, ratio=median(real / s for s, real in pairs))
 
 
-def _calibration(stage: PruneStage, subject: Subject, losses: Losses | None) -> dict[str, object]:
+def _calibration(stage: PruneStage, subject: Subject, losses: Losses | Latents | Gradients | None) -> dict[str, object]:
     if losses is None:
         return {}
-    images = sum(len(call.images) for call in losses.inputs)
-    levels = ", ".join(f"{t:g}" for t in sorted({call.timestep for call in losses.inputs}, reverse=True))
     source = "the model's own trajectories" if stage.data in (None, "teacher") else stage.data
-    seed = subject.context.recipe.seed
-    return {"images": images, "from": source, "timesteps": levels, "seeds": f"calibrate, base {seed}"}
-
-
-def _spent(losses: Losses | None) -> dict[str, float]:
-    """Of this session: what was found in the folder took nothing."""
-    if losses is None or not losses.cuts_scored:
-        return {}
-    return {
-        "losses_measured": float(losses.cuts_scored),
-        "seconds_for_losses": losses.seconds,
-        "forwards_per_loss": losses.seconds / max(losses.whole_seconds, 1e-9),
-    }
+    found = losses.facts()
+    return {"images": found.pop("images"), "from": source, **found, "seeds": f"calibrate, base {subject.context.recipe.seed}"}

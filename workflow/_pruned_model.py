@@ -46,6 +46,7 @@ def save(
     dtype: str | None = None,
     variant: str | None = None,
     shard: str = "5GB",
+    trained: bool = False,
 ) -> "Saved":
     """Write folder/model and verify it in a fresh process. The manifest is completed when everything is measured.
 
@@ -53,7 +54,7 @@ def save(
     """
     parent = artifact.manifest(model.folder)
     parent = parent if parent is not None and parent.opens else None
-    before = (*parent.chain, Ancestor(parent=parent.parent, model_hash=parent.model_hash, cuts=parent.cuts)) if parent else ()
+    before = (*parent.chain, _ancestor(parent)) if parent else ()
     record = Manifest(
         parent=model.ref,
         model_hash=model.fingerprint,
@@ -74,7 +75,13 @@ def save(
         dtype=dtype,
         variant=variant,
         shard=shard,
+        trained=trained,
     )
+
+
+def _ancestor(made: Manifest) -> Ancestor:
+    """What a model's own manifest says of it, for those that are made from it."""
+    return Ancestor(parent=made.parent, model_hash=made.model_hash, cuts=made.cuts, names=made.names)
 
 
 def finish(folder: Path, report: PruneReport, made: Made, stage: str) -> Artifact:

@@ -7,10 +7,8 @@ from ..core import models
 from ..core.artifact import Artifact
 from ..core.candidate import canonical
 from ..core.conditions import read as read_conditions
-from ..core.stages import PruneStage, SearchStage
+from ..core.recipe import Stage
 from .context import Context
-
-Stage = SearchStage | PruneStage
 
 
 def stage_hash(stage: Stage, artifact_in: Artifact, context: Context) -> str:

@@ -114,19 +114,19 @@ class Subject:
                 f"Check --prompts and --call, or the recipe's prompts and call."
             ) from e
 
-    def check_steps(self, steps: int) -> None:
-        """Refuse more steps than the scheduler has timesteps."""
+    def check_steps(self, steps: int, name: str = "--steps") -> None:
+        """Refuse more steps than the scheduler has timesteps. name: of what the user said."""
         scheduler = self.model.pipe.scheduler
         most = scheduler.config.get("num_train_timesteps")
         if most is not None and steps > most:
             raise UserError(
-                f"--steps {steps}: {type(scheduler).__name__} was trained with {most} timesteps; give at most that many."
+                f"{name} {steps}: {type(scheduler).__name__} was trained with {most} timesteps; give at most that many."
             )
 
     @property
     def default_steps(self) -> int:
         """Steps of the pipeline's own call where none are asked for."""
-        return int(inspect.signature(type(self.model.pipe).__call__).parameters["num_inference_steps"].default)
+        return default_steps(type(self.model.pipe))
 
     @property
     def reference(self) -> str:
@@ -195,6 +195,11 @@ class Subject:
                     f"{source}: images were converted to 8-bit RGB ({', '.join(f'{n} {kind}' for kind, n in made.converted.items())})"
                 )
         return self._references[key]
+
+
+def default_steps(pipeline: Any) -> int:
+    """Steps of a pipeline class's own call where none are asked for."""
+    return int(inspect.signature(pipeline.__call__).parameters["num_inference_steps"].default)
 
 
 def swap_scheduler(pipe: Any, name: str) -> None:

@@ -9,8 +9,7 @@ import yaml
 from ..core import models
 from ..core.errors import UserError
 from ..core.methods import suggest
-from ..core.recipe import Recipe, override
-from ..core.stages import PruneStage
+from ..core.recipe import Recipe, override, verb_of
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -64,26 +63,24 @@ def effective(text: str, overrides: Iterable[str]) -> str:
 
 def estimate(recipe: Recipe, context: Any) -> dict[str, Any]:
     """What every stage would take and make, each as if it ran on the recipe's own model."""
-    from ._prune_estimate import estimate as prune
-    from ._search_estimate import estimate as search
-
-    stages = [
-        prune(stage, recipe.model, context) if isinstance(stage, PruneStage) else search(stage, recipe.model, context)
-        for stage in recipe.stages
-    ]
+    stages = [_estimates(verb_of(stage)).estimate(stage, recipe.model, context) for stage in recipe.stages]
     gates = {"images": 2 * recipe.evaluate.samples, "of": list(recipe.gates)} if recipe.gates else None
     return {"recipe": recipe.name, "stages": stages} | ({"gates": gates} if gates else {})
 
 
 def say(estimates: dict[str, Any]) -> str:
     """The estimate for people."""
-    from ._prune_estimate import say as prune
-    from ._search_estimate import say as search
-
-    said = [prune(s) if s["stage"].startswith("prune") else search(s) for s in estimates["stages"]]
+    said = [_estimates(s["stage"].partition(":")[0]).say(s) for s in estimates["stages"]]
     later = ["  (later stages: as if they ran on the recipe's own model)"] if len(said) > 1 else []
     if gates := estimates.get("gates"):
         said.append(
             f"gates on {', '.join(gates['of'])}: {gates['images']:,} more images, of the recipe's model and of the result"
         )
     return "\n".join([f"{estimates['recipe']}: nothing was run.", *(f"  {text}" for text in said), *later])
+
+
+def _estimates(verb: str) -> Any:
+    """The module that says what a verb's stages take."""
+    from . import _distill_estimate, _prune_estimate, _search_estimate
+
+    return {"search": _search_estimate, "prune": _prune_estimate, "distill": _distill_estimate}[verb]

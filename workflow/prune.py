@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,10 +10,13 @@ from typing import TYPE_CHECKING
 from .. import __version__
 from ..core import artifact, methods
 from ..core.artifact import Artifact
-from ..core.candidate import canonical
+from ..core.candidate import Seeds, canonical
+from ..core.errors import UserError
 from ..core.stages import PruneStage
+from ._gradients import FILE, Gradients
+from ._latents import Latents
 from ._losses import Losses
-from ._prune_job import choose, cuttable, gauge_of, job_of
+from ._prune_job import Job, choose, cuttable, gauge_of, job_of, trajectory_steps
 from ._stage import stage_hash
 from ._subject import Subject
 from .context import Context, Progress
@@ -36,7 +40,9 @@ def run_stage(stage: PruneStage, artifact_in: Artifact, folder: Path, context: C
         report = report.model_copy(update={"scored": (*report.scored, made.quality.of("after", pruned, made.plan))})
         context.progress.advance()
     _prune_report.write(folder, report)
-    return _pruned_model.finish(folder, report, made, stage_hash(stage, artifact_in, context))
+    finished = _pruned_model.finish(folder, report, made, stage_hash(stage, artifact_in, context))
+    (folder / FILE).unlink(missing_ok=True)  # as large as the denoiser, and of no more use
+    return finished
 
 
 def _make(stage: PruneStage, artifact_in: Artifact, folder: Path, context: Context) -> "Made":
@@ -44,18 +50,14 @@ def _make(stage: PruneStage, artifact_in: Artifact, folder: Path, context: Conte
     from . import _before_after, _prune_report, _pruned_model
 
     module = methods.load("prune", stage.method)
-    subject = Subject.load(artifact_in.ref, context, painting=module.calibrated)
+    subject = Subject.load(artifact_in.ref, context, painting=bool(module.calibrated))
     model, progress = subject.model, context.progress
     export.check(model, folder / artifact.MODEL)
     gauge = gauge_of(subject)
     job = job_of(stage, gauge, model.parameters - gauge.params, model.ref, model.device, folder, model.fingerprint)
     plan = artifact_in.plan or (model.plan if stage.steps is None else None)  # a finished search brings its own
     quality = _before_after.Quality(subject, stage, folder)
-    losses = None
-    if module.calibrated:
-        losses = Losses(
-            model.pipe, calibration_calls(stage, subject), folder / "scores.jsonl", losses_identity(stage, subject), progress
-        )
+    losses = losses_of(stage, job, subject, folder)
     result = choose(job, losses, context.recipe.seed, progress)
     joint = losses([result.cuts])[0] if losses is not None and result.cuts else None
     progress.say(f"{len(result.cuts)} cuts; saving, and opening the result in a fresh process")
@@ -90,6 +92,37 @@ def _make(stage: PruneStage, artifact_in: Artifact, folder: Path, context: Conte
     return _pruned_model.Made(saved.folder, report, quality, moved, _pruned_model.license_of(model.folder), model.origin)
 
 
+def losses_of(stage: PruneStage, job: Job, subject: Subject, folder: Path) -> Losses | Latents | Gradients | None:
+    """What tells the method how much cuts lose, as it asks for it.
+
+    On recorded calls, on whole trajectories, by gradients of the training loss, or not at all.
+    """
+    progress = subject.context.progress
+    if job.module.calibrated == "gradients":
+        steps = trajectory_steps(job)
+        if steps is not None:
+            subject.check_steps(steps, "solver_steps")
+        settings = [stage.method, job.config.model_dump(mode="json")]
+        identity = losses_identity(
+            stage.model_copy(update={"data": None}), subject, settings
+        )  # of the data they know themselves
+        return Gradients(stage, subject, [width.address for width in job.widths], steps, folder, identity)
+    if job.module.calibrated != "latents":
+        if not job.module.calibrated:
+            return None
+        calls, identity = calibration_calls(stage, subject), losses_identity(stage, subject)
+        return Losses(subject.model.pipe, calls, folder / "scores.jsonl", identity, progress)
+    if not hasattr(job.module, "measure"):
+        raise UserError(f'{stage.method}: says `calibrated = "latents"`, but has no function measure(original, modified).')
+    steps = trajectory_steps(job)
+    if steps is not None:
+        subject.check_steps(steps, "solver_steps")
+    seeds = Seeds(role="calibrate", base=subject.context.recipe.seed, count=stage.calibration)
+    identity = losses_identity(stage, subject, [stage.method, steps])
+    with subject.asking():
+        return Latents(subject.sampler, seeds, steps, job.module.measure, folder, identity, progress)
+
+
 def calibration_calls(stage: PruneStage, subject: Subject) -> "list[Inputs]":
     """The calls that losses are measured on: of the model's own trajectories, or made from images."""
     from ..core import calibration
@@ -115,8 +148,8 @@ def _pixels(source: str, count: int, progress: Progress) -> "list[Tensor]":
     return pixels
 
 
-def losses_identity(stage: PruneStage, subject: Subject) -> str:
-    """Of everything that losses depend on, beside call and cuts."""
+def losses_identity(stage: PruneStage, subject: Subject, more: Sequence[object] = ()) -> str:
+    """Of everything that losses depend on, beside call and cuts. more: that only some of them depend on."""
     from ..core.candidate import Scheduler
     from ..evaluate._images import Images
 
@@ -125,6 +158,6 @@ def losses_identity(stage: PruneStage, subject: Subject) -> str:
     parts = [
         __version__, model.fingerprint, Scheduler.of(model.pipe.scheduler).plain(), subject.conditions.hash, subject.call,
         subject.context.recipe.seed, stage.calibration, stage.times, model.dtype, model.device.partition(":")[0], options.chunk,
-        Images(Path(subject.context.path(str(stage.data)))).signature() if given else None,
+        Images(Path(subject.context.path(str(stage.data)))).signature() if given else None, *more,
     ]  # fmt: skip
     return hashlib.sha256(canonical(parts).encode()).hexdigest()

@@ -11,30 +11,37 @@ from typing import Any
 import yaml
 
 from .. import __version__
-from ..core import artifact, storages
+from ..core import artifact, processes, storages
 from ..core.artifact import Artifact
 from ..core.errors import UserError, one_line
 from ..core.files import prepare, write_text
-from ..core.recipe import Recipe, read, verb_of
-from ..core.stages import SearchStage
-from . import prune, search
-from ._stage import Stage, stage_hash
+from ..core.recipe import Recipe, Stage, read, verb_of
+from ..core.stages import DistillStage, SearchStage
+from . import distill, prune, search
+from ._stage import stage_hash
 from ._stores import read_stores
 from .context import Context, Options, Progress
 
 # One contract for every verb: run_stage(stage, artifact_in, folder, context) -> artifact_out.
 ENVIRONMENT = "environment.json"
-KEPT = ("trials.journal", "scores.jsonl", artifact.MANIFEST)  # files that hold work
+KEPT = ("trials.journal", "scores.jsonl", "checkpoint.pt", artifact.MANIFEST)  # files that hold work
 REMEMBERED = ("device", "dtype", "offload", "chunk", "storage")  # options that `lissom run RUN_DIR` takes from the first run
-STAGES: dict[str, Callable[[Any, Artifact, Path, Context], Artifact]] = {"search": search.run_stage, "prune": prune.run_stage}
+STAGES: dict[str, Callable[[Any, Artifact, Path, Context], Artifact]] = {
+    "search": search.run_stage,
+    "prune": prune.run_stage,
+    "distill": distill.run_stage,
+}
 
 
 def run(recipe: Recipe, text: str, out: Path, context: Context, *, resume: bool, single: bool = False) -> Artifact:
     """Run every stage of a recipe in `out`; returns what the last one made.
 
     text: the recipe's exact text, kept as recipe.yaml. single: the one stage's files go into `out` itself instead of
-    NN-verb-method/. Raises UserError when `out` holds another recipe's run.
+    NN-verb-method/. Raises UserError when `out` holds another recipe's run. Of several processes (`accelerate launch`) the
+    first runs this, the others `distill.follow`.
     """
+    if processes.count() > 1 and not any(isinstance(stage, DistillStage) for stage in recipe.stages):
+        raise UserError(f"{processes.count()} processes: only a distill stage is shared by several. Start this command alone.")
     storage = context.options.storage and storages.without_password(context.options.storage)
     if context.options.storage and not (out / ENVIRONMENT).is_file():
         storages.check(context.options.storage)  # before anything is loaded or written
@@ -64,6 +71,8 @@ def run(recipe: Recipe, text: str, out: Path, context: Context, *, resume: bool,
             write_text(out / "recipe.yaml", text)
             if context.options.push_to_hub:
                 _push(made, context)
+            if processes.count() > 1:
+                processes.team(context.options.device).tell(None)
             return made
     except UserError:
         if empty and not context.options.storage:  # trials elsewhere belong to what is written here
@@ -159,7 +168,7 @@ def reopen(folder: Path, options: Options, progress: Progress) -> tuple[Recipe, 
 
 def rebuild(folder: Path, storage: str | None = None) -> list[Path]:
     """Write every report of a run again from what it stored; returns the HTML files."""
-    from . import _prune_report, _report
+    from . import _distill_report, _prune_report, _report
 
     recipe, _ = read(folder / "recipe.yaml")
     record = _record(folder)
@@ -171,6 +180,8 @@ def rebuild(folder: Path, storage: str | None = None) -> list[Path]:
             break
         if isinstance(stage, SearchStage):
             _report.write(place, read_stores(place, _storage(record, storage), record["id"]))
+        elif isinstance(stage, DistillStage):
+            _distill_report.rewrite(place)
         else:
             _prune_report.rewrite(place)
         written.append(place / "report.html")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 DATA = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
+ARCHIVE = "fashion-mnist-train.zip"  # what `--data-only` writes, in lissom's cache
 CLASSES = ("t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 TEMPLATES = ("a photo of {}", "a product photo of {}", "a picture of {}", "an image of {}", "{}")
 

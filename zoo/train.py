@@ -207,6 +207,35 @@ def export() -> None:
     (HERE / "fashion-dit" / "conditions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
+def data_only(data: Path) -> Path:
+    """The training images as they were shown (32x32 RGB PNG), with captions and labels: a zip in the form of an imagefolder.
+
+    It lies in lissom's cache, where `data: zoo:fashion` of a distill stage looks for it.
+    """
+    import io
+    import zipfile
+
+    from PIL import Image
+
+    from ..evaluate._download import cache
+    pixels, labels = _data.images(data, "train")
+    shown = F.pad(pixels, (2, 2, 2, 2)).numpy()
+    out = cache() / _data.ARCHIVE
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_suffix(".tmp")
+    with zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive:
+        lines = []
+        for i, (image, label) in enumerate(zip(shown, labels.tolist(), strict=True)):
+            name, content = f"{i // 1000:02}/{i:05}.png", io.BytesIO()
+            Image.fromarray(image).convert("RGB").save(content, "PNG")
+            archive.writestr(name, content.getvalue())
+            text = _data.caption(label, i % len(_data.TEMPLATES))
+            lines.append(json.dumps({"file_name": name, "text": text, "label": label}) + "\n")
+        archive.writestr("metadata.jsonl", "".join(lines))
+    beside.replace(out)
+    return out
+
+
 def statistics(data: Path) -> None:
     """Reference statistics of the judge's features: the 60,000 training images and, apart, the 10,000 test images.
 
@@ -279,7 +308,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=_data.DATA, help="folder with the four Fashion-MNIST .gz files")
     parser.add_argument("--only", nargs="*", choices=STAGES, default=STAGES, help="stages to run (default: all, in order)")
     parser.add_argument("--warm", action="store_true", help="start unet and dit from the shipped weights, not from noise")
+    parser.add_argument("--data-only", action="store_true", help="write the training images with captions, train nothing")
     options = parser.parse_args()
+    if options.data_only:
+        return print(data_only(options.data))
     options.work.mkdir(parents=True, exist_ok=True)
     for name in options.only:
         STAGES[name](options)

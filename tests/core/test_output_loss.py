@@ -10,6 +10,7 @@ from lissom.core.calibration import Inputs
 from lissom.core.candidate import Cut
 from lissom.core.driving.steering import denoisers
 from lissom.core.output_loss import OutputLoss
+from lissom.core.widths import widths
 from lissom.tests.core import tiny
 from lissom.tests.core.test_calibration import sampler
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,6 +31,8 @@ def test_equal_to_the_plain_way_bit_for_bit(family: str) -> None:
     denoiser, calls = tiny.denoiser(pipe), recorded(family)
     options = single(denoiser)
     options.append(options[0] + options[-1])
+    for width in widths(denoiser)[::3]:
+        options.append([Cut(address=width.address, what=width.what, value=width.groups[0])])  # type: ignore[arg-type]
     found = OutputLoss(denoisers(pipe), calls).each(options)
     squares, count = [0.0] * len(options), 0
     for call in calls:  # by hand

@@ -22,12 +22,19 @@ CUTS: dict[str, list[Cut]] = {
         *remove("down_blocks.1.resnets.0", "up_blocks.1.attentions.1", "up_blocks.2.attentions.0.transformer_blocks.0.attn1"),
         *(keep("down_blocks.0", 1), keep("up_blocks.2", 0, 2)),
         Cut(address="mid_block.attentions.0", what="replace", value="empty"),
+        Cut(address="up_blocks.1.attentions.2.transformer_blocks.0.attn2", what="keep_heads", value=(1, 3)),
     ],
-    "pixels": remove("mid_block.resnets.0", "down_blocks.1.attentions.0"),
+    "pixels": [
+        *remove("mid_block.resnets.0", "down_blocks.1.attentions.0"),
+        Cut(address="up_blocks.0.resnets.1", what="keep_channels", value=(0, 1, 2, 3, 12, 13, 14, 15)),
+    ],
     "resampling": remove("down_blocks.0.downsamplers.0", "up_blocks.1.resnets.1"),
     "sd3": remove("transformer_blocks.0", "transformer_blocks.2", "transformer_blocks.1.ff"),
     "flux": remove("transformer_blocks.1", "single_transformer_blocks.0", "transformer_blocks.0.ff_context"),
-    "dit": remove("transformer_blocks.0", "transformer_blocks.2.ff"),
+    "dit": [
+        *remove("transformer_blocks.0", "transformer_blocks.2.ff"),
+        Cut(address="transformer_blocks.1.ff", what="keep_units", value=tuple(range(0, 64, 3))),
+    ],
     "pixart": remove("transformer_blocks.0", "transformer_blocks.1.attn1"),
     "wan": remove("blocks.2", "blocks.0.ffn"),
 }

@@ -68,6 +68,10 @@ CROWD = [
     *remove("mid_block.attentions.0", "down_blocks.1.attentions.0.transformer_blocks.0.ff", "up_blocks.1.resnets.2"),
     *remove("down_blocks.0.attentions.1", "down_blocks.0.attentions.1.transformer_blocks.0.attn1"),
     Cut(address="up_blocks.2.attentions.0", what="replace", value="empty"),
+    Cut(address="up_blocks.0.resnets.1", what="keep_channels", value=(0, 1, 2, 3)),
+    Cut(address="down_blocks.1.resnets.1", what="keep_channels", value=(4, 5, 6, 7)),  # goes with its pair
+    Cut(address="up_blocks.1.attentions.2.transformer_blocks.0.attn2", what="keep_heads", value=(1, 3)),  # its pair moves
+    Cut(address="down_blocks.0.attentions.1.transformer_blocks.0.ff", what="keep_units", value=(5,)),  # inside a removed one
 ]
 
 
@@ -120,7 +124,16 @@ REFUSED: dict[str, tuple[str, list[Cut], str]] = {
         [Cut(address="transformer_blocks.0.norm3", what="remove", value="x")],
         r"norm3: LayerNorm has no argument 'x' to pass on",
     ),
-    "width": ("sd", [Cut(address="mid_block.resnets.0", what="keep_channels", value=(0,))], "mid_block.resnets.0: keep_channels"),
+    "what has no width": (
+        "sd",
+        [Cut(address="mid_block.attentions.0", what="keep_heads", value=(0,))],
+        r"mid_block\.attentions\.0: heads cannot be cut here, because a Transformer2DModel has no heads",
+    ),
+    "a layer that goes and stays": (
+        "sd",
+        [*remove("mid_block.resnets.0"), Cut(address="mid_block.resnets.0", what="keep_channels", value=(0, 1, 2, 3))],
+        r"mid_block\.resnets\.0: two cuts of one layer",
+    ),
     "replaced by what": (
         "sd",
         [Cut(address="mid_block.attentions.0", what="replace", value="air")],

@@ -12,7 +12,7 @@ from lissom.core.candidate import Cut
 from lissom.core.errors import UserError
 from lissom.core.files import write_text
 from lissom.core.opening import open_cut
-from lissom.core.weights import NAME, Reader, files_of, rounded, variant_of, write
+from lissom.core.weights import NAME, Reader, Source, files_of, rounded, variant_of, write
 from lissom.tests.core import cutting
 from lissom.tests.core.cutting import cut_output, keep, output, remove
 from safetensors import safe_open
@@ -23,18 +23,24 @@ KEPT = [keep("down_blocks.1", 0), keep("up_blocks.1", 0, 2)]
 EMPTY = [Cut(address="mid_block.attentions.0", what="replace", value="empty")]
 CUTS: dict[str, list[Cut]] = {
     "sd": [*KEPT, *EMPTY],
-    "pixels": remove("down_blocks.2.resnets.0"),
+    "pixels": [
+        *remove("down_blocks.2.resnets.0"),
+        Cut(address="mid_block.resnets.0", what="keep_channels", value=(0, 1, 2, 3, 8, 9, 10, 11)),
+    ],
     "sd3": remove("transformer_blocks.2"),
     "sd3.5": remove("transformer_blocks.0", "transformer_blocks.3", "transformer_blocks.1.ff_context"),
     "flux": remove("transformer_blocks.0", "single_transformer_blocks.0"),
     "dit": remove("transformer_blocks.0"),
-    "pixart": remove("transformer_blocks.1"),
+    "pixart": [
+        Cut(address="transformer_blocks.0.ff", what="keep_units", value=(*range(10), 12, *range(90, 96))),
+        Cut(address="transformer_blocks.1.attn2", what="keep_heads", value=(0, 2)),
+    ],
     "wan": remove("blocks.0"),
 }
 
 
 def sources(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    return {k: (k, (), v.shape) for k, v in tensors.items()}
+    return {k: Source(k, v.shape) for k, v in tensors.items()}
 
 
 def rewritten(parent: Path, folder: Path, cuts: Sequence[Cut], denoiser: Any, **options: Any) -> export.Structure:
@@ -95,9 +101,9 @@ def test_one_shard_at_a_time_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyP
     seen: list[tuple[str, int]] = []
     read = Reader.get
 
-    def get(self: Reader, key: str, rows: Any = ()) -> Tensor:
+    def get(self: Reader, key: str, rows: Any = (), columns: Any = ()) -> Tensor:
         seen.append((key, len(list(tmp_path.glob("made/*.safetensors")))))
-        return read(self, key, rows)
+        return read(self, key, rows, columns)
 
     monkeypatch.setattr(Reader, "get", get)
     (tmp_path / "made").mkdir()
@@ -110,7 +116,8 @@ def test_one_shard_at_a_time_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_precision_is_the_parents_or_the_one_that_is_asked_for(dtype: torch.dtype, tmp_path: Path) -> None:
     """Whole numbers stay whole numbers; zeros that are made up are of the parent's type."""
     tensors = {"a": torch.randn(5, 3).half(), "b": torch.randn(4), "step": torch.tensor(7)}
-    wanted = {**sources(tensors), "zeros": (None, (), torch.Size((2, 2))), "rows": ("a", ((3, 5), (0, 1)), torch.Size((3, 3)))}
+    made_up = {"zeros": Source(None, torch.Size((2, 2))), "rows": Source("a", torch.Size((3, 3)), ((3, 5), (0, 1)))}
+    wanted = {**sources(tensors), **made_up, "columns": Source("a", torch.Size((2, 2)), ((1, 3),), ((2, 3), (0, 1)))}
     (tmp_path / "parent").mkdir()
     save_file(tensors, tmp_path / "parent" / f"{NAME}.safetensors")
     for name, asked in (("kept", None), ("asked", dtype)):
@@ -118,13 +125,14 @@ def test_precision_is_the_parents_or_the_one_that_is_asked_for(dtype: torch.dtyp
         with Reader(tmp_path / "parent") as reader:
             write(wanted, reader, tmp_path / name, dtype=asked)
         made = load_file(tmp_path / name / f"{NAME}.safetensors")
-        types = {"a": torch.float16, "b": torch.float32, "zeros": torch.float16, "rows": torch.float16}
+        types = {"b": torch.float32, **dict.fromkeys(("a", "zeros", "rows", "columns"), torch.float16)}
         assert {k: v.dtype for k, v in made.items()} == {
             **(types if asked is None else dict.fromkeys(types, dtype)),
             "step": torch.int64,
         }
         assert torch.equal(made["a"], tensors["a"].to(made["a"].dtype)) and torch.equal(made["step"], tensors["step"])
         assert torch.equal(made["rows"], tensors["a"][[3, 4, 0]].to(made["rows"].dtype))
+        assert torch.equal(made["columns"], tensors["a"][1:3][:, [2, 0]].to(made["columns"].dtype))
         assert not made["zeros"].any()
 
 

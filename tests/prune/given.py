@@ -1,16 +1,20 @@
-"""Denoisers of every shape, and what a prune method is given for them: losses are made up, and add up exactly."""
+"""Denoisers of every shape, and what a prune method is given for them: losses are made up, and add up exactly; so are gradients."""
 
 import functools
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import torch
 from lissom.core import blueprints, models, stock, surgery
 from lissom.core.candidate import Cut
 from lissom.core.stages import PruneStage
 from lissom.prune._task import Option, Space, Task, enough
 from lissom.tests.core import tiny
+from lissom.workflow import _widths
 from lissom.workflow._gauge import Gauge
 from lissom.workflow._prune_job import Job, job_of
 
@@ -80,16 +84,43 @@ def job(name: str, method: str = "random_cuts", **settings: Any) -> Job:
     return job_of(stage, gauge(name), 0, name, "cpu", None)
 
 
-def whole(name: str, plain: bool = False, of: str = "params") -> Job:
-    """With everything still to choose from."""
-    return job(name, keep=1.0, of=of, require_plain_load=plain)
+def whole(name: str, plain: bool = False, of: str = "params", method: str = "random_cuts") -> Job:
+    """With everything still to choose from. method: any that is given the same."""
+    return job(name, method, keep=1.0, of=of, require_plain_load=plain)
 
 
 def ask(of: Job, keep: float | None = None) -> Task:
     """What a method is given; with another keep than the job's, the spaces that can reach it."""
     need = of.need if keep is None else (1 - keep) * of.total
     spaces = tuple(space for space in of.spaces if enough(space.most, need))
-    return Task(of.gauge.denoiser, of.layers, spaces, need, added, say=lambda line: None)
+    task = Task(of.gauge.denoiser, of.layers, spaces, need, added, say=lambda line: None)
+    if not of.widths:
+        return task
+    return replace(task, widths=of.widths, saves=_widths.saves(of.gauge, of.of), gradients=gradients(of.gauge.denoiser))
+
+
+def gradients(denoiser: Any, losses: Sequence[float] = (1.0, 0.5, 0.01, 2.0)) -> Any:
+    """Made-up gradients of a denoiser, the same each time, for each loss that counts; noise levels are 0, 1, 2, …."""
+
+    @contextmanager
+    def made(stride: int, counts: Callable[[Sequence[float]], bool]) -> Iterator[dict[float, float]]:
+        drawn, visited = torch.Generator().manual_seed(0), dict[float, float]()
+        parameters = [p for p in denoiser.parameters() if p.is_floating_point()]
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        try:
+            for t, loss in enumerate(losses[::stride] or losses[:1]):
+                visited[float(t)] = loss
+                if not counts(list(visited.values())):
+                    break
+                for p in parameters:
+                    p.grad += loss * torch.randn(p.shape, generator=drawn)
+            yield visited
+        finally:
+            for p in parameters:
+                p.grad = None
+
+    return made
 
 
 def added(options: Sequence[tuple[Cut, ...]]) -> list[float]:

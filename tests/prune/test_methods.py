@@ -5,6 +5,7 @@ import random
 import re
 import sys
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,10 +14,19 @@ from lissom.core import methods, surgery
 from lissom.core.candidate import Cut
 from lissom.prune._task import Option, Pruned, Space, Task, enough, gathered, needed, until_met, within
 from lissom.tests.prune import given
+from lissom.workflow._prune_job import Job
 
 ALL = pytest.mark.parametrize("method", methods.names("prune"))
 SETTINGS: dict[str, dict[str, Any]] = {"slim_unet": {"layers_per_block": 1}}  # a method without defaults needs some
+NARROWS = {name for name in methods.names("prune") if getattr(methods.load("prune", name), "narrows", False)}
 TARGETED = [name for name in methods.names("prune") if not hasattr(methods.load("prune", name), "own_target")]
+EITHER = [(method, plain) for method in methods.names("prune") for plain in (False, True) if not (plain and method in NARROWS)]
+CHOSEN = [(method, plain) for method, plain in EITHER if method in TARGETED]
+
+
+def whole(method: str, name: str = "sd", plain: bool = False, of: str = "params") -> Job:
+    """With everything still to choose from that a method cuts: layers, or widths."""
+    return given.whole(name, plain, of, *([method] if method in NARROWS else []))
 
 
 def play(method: str, task: Task, seed: int = 0, **settings: Any) -> Pruned:
@@ -29,9 +39,10 @@ def play(method: str, task: Task, seed: int = 0, **settings: Any) -> Pruned:
 @ALL
 def test_names_its_paper_and_documents_every_knob(method: str) -> None:
     module = methods.load("prune", method)
-    assert module.__doc__ and module.Config.__doc__ and isinstance(module.calibrated, bool)
+    assert module.__doc__ and module.Config.__doc__ and module.calibrated in (True, False, "latents", "gradients")
+    assert hasattr(module, "measure") == (module.calibrated == "latents")
     assert module.Config.model_config["frozen"] and module.Config.model_config["extra"] == "forbid"
-    assert re.match(r"https://", module.Config.paper) or method == "random_cuts"
+    assert re.match(r"https://", module.Config.paper) or method.startswith("random_")
     assert set(module.Config.model_fields) <= set(methods.comments(module))
     with pytest.raises(ValueError, match="Extra inputs"):
         module.Config.model_validate({"no such knob": 1})
@@ -39,27 +50,25 @@ def test_names_its_paper_and_documents_every_knob(method: str) -> None:
 
 @ALL
 def test_the_same_seed_makes_the_same_cuts_and_they_survive_json(method: str) -> None:
-    task = given.ask(given.whole("sd"), keep=0.7)
+    task = given.ask(whole(method), keep=0.7)
     first, again = play(method, task), play(method, task)
     assert first == again
     assert tuple(Cut.model_validate(json.loads(json.dumps(cut.plain()))) for cut in first.cuts) == first.cuts
     assert len(set(first.cuts)) == len(first.cuts) > 0
 
 
-@ALL
-@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(("method", "plain"), EITHER)
 def test_the_denoiser_is_read_and_not_changed(method: str, plain: bool) -> None:
-    job = given.whole("sd", plain)
+    job = whole(method, plain=plain)
     before = {k: (id(v), v._version) for k, v in job.gauge.denoiser.state_dict(keep_vars=True).items()}
     play(method, given.ask(job, keep=0.7))
     assert {k: (id(v), v._version) for k, v in job.gauge.denoiser.state_dict(keep_vars=True).items()} == before
 
 
-@pytest.mark.parametrize("method", TARGETED)
-@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(("method", "plain"), CHOSEN)
 @pytest.mark.parametrize("name", ["sd", "xl", "pixel", "dit", "sd3", "flux", "zoo:fashion"])
 def test_the_target_is_reached_by_cuts_that_run_and_none_is_idle(method: str, plain: bool, name: str) -> None:
-    job = given.whole(name, plain)
+    job = whole(method, name, plain)
     gauge, most = job.gauge, max(space.most for space in job.spaces)
     smallest = 1 - most / job.total
     for keep in (smallest, 0.4 + 0.6 * smallest):
@@ -72,25 +81,40 @@ def test_the_target_is_reached_by_cuts_that_run_and_none_is_idle(method: str, pl
             assert not isinstance(small, str), small
             left = surgery.parameters(small)
         assert left <= keep * job.total * (1 + 1e-9)
-        if not plain:  # there each cut is a choice of its own
+        if method in NARROWS:
+            assert not idle(job, cuts, (1 - keep) * job.total)
+        elif not plain:  # there each cut is a choice of its own
             saved = {option.cuts[0]: option.saved for (option,) in job.spaces[0].sites}
             assert not [c for c in cuts if enough(sum(saved[o] for o in cuts) - saved[c], (1 - keep) * job.total)]
 
 
-@pytest.mark.parametrize("method", TARGETED)
-@pytest.mark.parametrize("plain", [False, True])
+def idle(job: Job, cuts: Sequence[Cut], need: float) -> list[str]:
+    """Layers of which one more head, unit or group could stay."""
+    saved = job.gauge.params_saved(cuts)
+    found = []
+    for width in job.widths:
+        without = Cut.model_validate(
+            {"address": width.address, "what": width.what, "value": tuple(range(width.granule, width.count))}
+        )
+        gone = any(cut.address == width.address for cut in cuts)
+        if gone and enough(saved - job.gauge.params_saved([without]), need):
+            found.append(width.address)
+    return found
+
+
+@pytest.mark.parametrize(("method", "plain"), CHOSEN)
 def test_where_all_may_be_kept_nothing_is_cut(method: str, plain: bool) -> None:
-    assert play(method, given.ask(given.whole("sd", plain), keep=1.0)).cuts == ()
+    assert play(method, given.ask(whole(method, plain=plain), keep=1.0)).cuts == ()
 
 
 @pytest.mark.parametrize("method", TARGETED)
 def test_the_target_may_be_in_macs(method: str) -> None:
-    job = given.whole("dit", plain=True, of="macs")
+    job = whole(method, "dit", method not in NARROWS, "macs")
     cuts = play(method, given.ask(job, keep=0.6)).cuts
     assert job.gauge.after(cuts)[1] <= 0.6 * job.total
 
 
-@pytest.mark.parametrize("method", TARGETED)
+@pytest.mark.parametrize("method", sorted(set(TARGETED) - NARROWS))
 def test_the_target_may_be_in_milliseconds(method: str) -> None:
     job = given.whole("dit", of="latency")
     (space,) = job.spaces
@@ -107,7 +131,7 @@ def test_a_copy_outside_the_package_is_a_method_too(method: str, monkeypatch: py
     monkeypatch.setitem(sys.modules, "mylab", types.ModuleType("mylab"))
     monkeypatch.setitem(sys.modules, f"mylab.{method}", theirs)
     assert given.job("sd", f"mylab.{method}", **SETTINGS.get(method, {})).module is theirs
-    task = given.ask(given.whole("sd"), keep=0.7)
+    task = given.ask(whole(method), keep=0.7)
     assert play(f"mylab.{method}", task, **SETTINGS.get(method, {})) == play(method, task)
 
 

@@ -86,9 +86,10 @@ def test_the_best_plans_of_another_search_open_this_one(tmp_path: Path, monkeypa
         small.search(tmp_path / "third", small.text(warm_start=str(tmp_path / "first")))
 
 
-def test_a_prune_methods_choices_open_a_search_of_cuts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["laptop", "ld_pruner"])
+def test_a_prune_methods_choices_open_a_search_of_cuts(method: str, tmp_path: Path) -> None:
     stage = SearchStage(
-        search="random_search", steps=2, space=("timesteps", "cuts"), budget={"macs": 0.8}, calibration=4, seeded_by="laptop"
+        search="random_search", steps=2, space=("timesteps", "cuts"), budget={"macs": 0.8}, calibration=4, seeded_by=method
     )
     context = Context(
         build({"lissom": 1, "model": "zoo:fashion-dit", "stages": [stage.plain()]}, "r"), tmp_path, Options(device="cpu")
@@ -97,7 +98,7 @@ def test_a_prune_methods_choices_open_a_search_of_cuts(tmp_path: Path) -> None:
     plans = plans_of(subject, stage)
     best = next(iter(plans.fixed.values()))
     found = _opening.pruned(stage, subject, plans, best, tmp_path)
-    assert [origin for origin, _ in found] == ["laptop, 90% of the MACs", "laptop, 80% of the MACs"]
+    assert [origin for origin, _ in found] == [f"{method}, 90% of the MACs", f"{method}, 80% of the MACs"]
     assert [plans.space.share(genome) for _, genome in found] == pytest.approx([0.9, 0.8], abs=0.09)
     assert all(plans.space.share(g) <= share for (_, g), share in zip(found, (0.9, 0.8), strict=True))
     assert all(plans.space.candidate(genome).cuts and genome.times == best.timesteps for _, genome in found)

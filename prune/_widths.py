@@ -1,0 +1,139 @@
+"""From scores of heads, units and channels to cuts: what all methods share that make layers narrower."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..core.candidate import Cut
+from ..core.errors import UserError
+from ..core.widths import Width, rounded
+from ._task import enough
+
+if TYPE_CHECKING:
+    from ._task import Task
+
+Scores = Mapping[Width, Sequence[float]]  # of each of a width's groups
+Ladders = Mapping[Width, tuple[int, ...]]  # how many heads, units or channels may stay, all of them first
+What = Literal["heads", "units", "channels"]
+WHAT: tuple[What, ...] = ("heads", "units", "channels")
+
+
+class Narrowing(BaseModel):
+    """Settings of every method that makes layers narrower."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    what: tuple[What, ...] = Field(default=WHAT, min_length=1)  # of attentions, of feed-forwards, of ResNets
+    scope: Literal["local", "global"] = "local"  # the same share of every layer, or the least score per saved unit first
+    least: float = Field(default=0.0, ge=0, le=1)  # share of every layer that stays; one head, unit or group in any case
+    round_to: int = Field(default=1, ge=1)  # what stays of units and channels is a multiple of this: fast kernels want 8 or 64
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of a layer towards fewer heads, units or channels."""
+
+    width: Width
+    stays: int
+    saved: float
+    key: tuple[float, float, int]  # lowest first
+
+
+def ladders(method: str, task: "Task", config: Narrowing) -> Ladders:
+    """How far each width may go. UserError where that is not far enough, before anything is scored."""
+    allowed = [width for width in task.widths if width.what.removeprefix("keep_") in config.what]
+    found = {width: ladder(width, config) for width in allowed}
+    most = task.saves(tuple(_kept(width, range(steps[-1])) for width, steps in found.items() if len(steps) > 1))
+    if not enough(most, task.need):
+        raise UserError(
+            f"{method}: with what={', '.join(config.what)}, least={config.least:g} and round_to={config.round_to} only "
+            f"{most / task.need:.0%} of what has to go can go. Allow more of them, or raise keep."
+        )
+    return found
+
+
+def ladder(width: Width, config: Narrowing) -> tuple[int, ...]:
+    """What may stay of a width: whole groups, and of units and channels multiples of `round_to`.
+
+    >>> ladder(Width("r", "keep_channels", 32, 4), Narrowing(least=0.3)), ladder(Width("a", "keep_heads", 3, 1), Narrowing(round_to=8))
+    ((32, 28, 24, 20, 16, 12), (3, 2, 1))
+    >>> ladder(Width("f", "keep_units", 100, 1), Narrowing(round_to=32)), ladder(Width("r", "keep_channels", 30, 10), Narrowing(round_to=8))
+    ((100, 96, 64, 32), (30,))
+    """
+    multiple = 1 if width.what == "keep_heads" else config.round_to
+    found = {rounded(stay, multiple, width.count) for stay in range(width.granule, width.count, width.granule)}
+    whole = (n for n in found if n % width.granule == 0 and config.least * width.count <= n < width.count)
+    return (width.count, *sorted(whole, reverse=True))
+
+
+def chosen(task: "Task", ladders: Ladders, scores: Scores, scope: str) -> tuple[Cut, ...]:
+    """Cuts that save enough: of each width the groups of least score go, as many as `scope` says, and no more than is needed."""
+    orders = {width: sorted(range(len(s)), key=lambda k, s=s: (_finite(s[k]), k)) for width, s in scores.items()}
+    rungs = sorted(_rungs(task, ladders, scores, orders, scope), key=lambda rung: rung.key)
+    saved, taken = 0.0, list[Rung]()
+    for rung in rungs:
+        # What single cuts save adds up (nearly); whether all of them together save enough is counted.
+        if enough(saved, task.need) and enough(task.saves(_cuts(taken, orders)), task.need):
+            break
+        taken.append(rung)
+        saved += rung.saved
+    fewer = _needed(taken, saved, task.need)
+    return _cuts(fewer if enough(task.saves(_cuts(fewer, orders)), task.need) else taken, orders)
+
+
+def means(scores: Scores) -> dict[str, float]:
+    """The mean score of each layer, by its address: for the report."""
+    return {width.address: math.fsum(found) / len(found) for width, found in scores.items() if all(map(math.isfinite, found))}
+
+
+def _rungs(task: "Task", ladders: Ladders, scores: Scores, orders: Mapping[Width, list[int]], scope: str) -> list[Rung]:
+    found = []
+    for place, (width, steps) in enumerate(ladders.items()):
+        groups, order = len(width.groups), orders[width]
+        price = task.saves((_kept(width, range(width.granule, width.count)),)) if len(steps) > 1 else 0.0  # of one group
+        if price <= 0:
+            continue  # a norm costs no MACs: what saves nothing is no choice
+        for before, stays in itertools.pairwise(steps):
+            gone = order[groups - before // width.granule : groups - stays // width.granule]
+            worth = sum(_finite(scores[width][k]) for k in gone) / (price * len(gone))
+            share = 1 - stays / width.count if scope == "local" else 0.0
+            found.append(Rung(width, stays, price * len(gone), (share, worth, place)))
+    return found
+
+
+def _needed(taken: Sequence[Rung], saved: float, need: float) -> list[Rung]:
+    """Rungs without those that are not needed, latest first; of a width only the last can be given back."""
+    kept, spent = list(taken), saved
+    fixed: set[Width] = set()
+    for rung in reversed(taken):
+        if rung.width not in fixed and enough(spent - rung.saved, need):
+            kept.remove(rung)
+            spent -= rung.saved
+        else:
+            fixed.add(rung.width)
+    return kept
+
+
+def _cuts(taken: Sequence[Rung], orders: Mapping[Width, list[int]]) -> tuple[Cut, ...]:
+    stays: dict[Width, int] = {}
+    for rung in taken:
+        stays[rung.width] = min(rung.stays, stays.get(rung.width, rung.width.count))
+    found = []
+    for width, order in orders.items():  # in the order of the network
+        if width in stays:
+            groups = sorted(order[len(order) - stays[width] // width.granule :])
+            found.append(_kept(width, [i for k in groups for i in width.groups[k]]))
+    return tuple(found)
+
+
+def _kept(width: Width, stay: Sequence[int]) -> Cut:
+    return Cut.model_validate({"address": width.address, "what": width.what, "value": tuple(stay)})
+
+
+def _finite(score: float) -> float:
+    """What cannot be told apart is kept as long as anything else can go."""
+    return score if math.isfinite(score) else math.inf
