@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .experts import Experts, mixed
+from .experts import mixed
 from .narrowing import NARROWS, narrowed, unhooked
 
 

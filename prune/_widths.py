@@ -72,7 +72,7 @@ def ladder(width: Width, config: Narrowing) -> tuple[int, ...]:
 
 def chosen(task: "Task", ladders: Ladders, scores: Scores, scope: str) -> tuple[Cut, ...]:
     """Cuts that save enough: of each width the groups of least score go, as many as `scope` says, and no more than is needed."""
-    orders = {width: sorted(range(len(s)), key=lambda k, s=s: (_finite(s[k]), k)) for width, s in scores.items()}
+    orders = {width: [k for _, k in sorted((_finite(value), k) for k, value in enumerate(s))] for width, s in scores.items()}
     rungs = sorted(_rungs(task, ladders, scores, orders, scope), key=lambda rung: rung.key)
     saved, taken = 0.0, list[Rung]()
     for rung in rungs:

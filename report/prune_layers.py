@@ -83,8 +83,8 @@ def _cut_row(cut: Cut, layer: LayerScore | None, gone: Sequence[LayerScore]) -> 
     if layer is not None and layer.cut:
         return cut.address, kind(layer), change(cut), f"{layer.params:,}", short(layer.score)
     if layer is not None and layer.width and isinstance(cut.value, tuple):  # the same for every head, unit, channel
-        freed = round(layer.params * (1 - len(cut.value) / layer.width))
-        return cut.address, kind(layer), change(cut, layer.width), f"{freed:,}", short(layer.score)
+        params = round(layer.params * (1 - len(cut.value) / layer.width))
+        return cut.address, kind(layer), change(cut, layer.width), f"{params:,}", short(layer.score)
     if layer is not None:  # it stays in part: what its parts weigh is not listed
         return cut.address, kind(layer), change(cut), "–", "–"
     inside = f"{len(gone)} layer{'' if len(gone) == 1 else 's'}" if gone else ""

@@ -14,7 +14,6 @@ from ..report import distill_html, distill_markdown, model_card
 from ..report.distill_schema import Check, DistillReport, Line
 from ._prune_report import opens_with
 from ._report import again, environment
-
 from .distill import LOSS
 
 if TYPE_CHECKING:

@@ -260,7 +260,8 @@ class Gradients:
                         "or another lissom). Go on as the run was started, or choose another --out."
                     )
                 for name in file.keys():  # noqa: SIM118  not a dict
-                    self.parameters[name].grad.copy_(file.get_tensor(name))
+                    parameter = self.parameters[name]
+                    parameter.grad = file.get_tensor(name).to(parameter)
                 self.losses, self.ended = {float(t): v for t, v in json.loads(told["losses"])}, told["ended"] == "yes"
         except SafetensorError:
             return  # not written by us, who write it whole: made again

@@ -218,6 +218,7 @@ def data_only(data: Path) -> Path:
     from PIL import Image
 
     from ..evaluate._download import cache
+
     pixels, labels = _data.images(data, "train")
     shown = F.pad(pixels, (2, 2, 2, 2)).numpy()
     out = cache() / _data.ARCHIVE

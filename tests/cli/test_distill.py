@@ -18,7 +18,10 @@ def test_help_shows_what_a_preset_sums() -> None:
     ("words", "says"),
     [
         (("lapto", "zoo:fashion"), "no preset 'lapto' of losses; there are bk, laptop, koala. Did you mean 'laptop'?"),
-        (("bk", "zoo:fashion"), "nothing says what it was pruned from, so that its teacher is not known. Give --teacher MODEL."),
+        (
+            ("bk", "zoo:fashion"),
+            "nothing says what it was pruned from, so that its teacher is not known. Give --teacher MODEL.",
+        ),
         (("bk", "zoo:fashion", "--set", "losses={output: 1, featurs: 1}"), "losses.featurs: no method 'featurs' in distill/"),
         (("bk", "zoo:fashion", "--set", "losses={features: {weight: 1, at: places}}"), "losses.features: features: at:"),
         (("bk", "zoo:fashion", "--set", "losses={output: 0}"), "losses: output: its weight must be a number above 0, got 0"),

@@ -95,7 +95,11 @@ def test_a_slim_unet_inherits_what_it_loses_and_computes_what_it_did() -> None:
     found = export.structure(unet, rich)
     kept = next(key for key in found.sources if ".experts.1." in key)
     address, _, rest = kept.partition(".experts.1.")
-    cut = next(cut for cut in extra if cut.address.endswith(address.rpartition(".")[2]) and cut.address.split(".")[0] == address.split(".")[0])
+    cut = next(
+        cut
+        for cut in extra
+        if cut.address.endswith(address.rpartition(".")[2]) and cut.address.split(".")[0] == address.split(".")[0]
+    )
     assert found.opens == "remote_code" and found.sources[kept].key == f"{str(cut.value).split()[1]}.{rest}"
     assert any(key.endswith("router.weight") and source.key is None for key, source in found.sources.items())
 
