@@ -102,15 +102,15 @@ def _run(folder: Path, stages: list[dict[str, Any]], seed: int) -> dict[str, Any
 def main() -> None:
     if only(__doc__, job, "30/laptop/0 losses/output/1"):
         return
-    sizes = {(size, m): [job(f"{size}/{m}/{s}") for s in range(SEEDS)] for size in KEEP for m in METHODS}
-    sums = {name: [job(f"losses/{name}/{s}") for s in range(SEEDS)] for name in SUMS}
     head = (
         f"`{MODEL}`, {COMMON['iterations']} iterations of 64 samples on {COMMON['images']:,} of the teacher's own images, AdamW at "
         f"{COMMON['learning_rate']:g}, averaged weights; {IMAGES:,} images at {STEPS} DDIM steps of unseen seeds against the 10,000 test images. Mean "
         f"over {SEEDS} seeds with Student's t interval. {_results.machine()}."
     )
-    _results.write("recovery", f"{head} Losses: task, output and normalised features, weight 1 each.\n\n{_sizes(sizes)}")
+    sums = {name: [job(f"losses/{name}/{s}") for s in range(SEEDS)] for name in SUMS}
     _results.write("recovery-losses", f"{head} One student, BK-SDM's map at 30 % fewer parameters.\n\n{_sums(sums)}")
+    sizes = {(size, m): [job(f"{size}/{m}/{s}") for s in range(SEEDS)] for size in KEEP for m in METHODS}
+    _results.write("recovery", f"{head} Losses: task, output and normalised features, weight 1 each.\n\n{_sizes(sizes)}")
 
 
 def _sizes(found: dict[tuple[str, str], list[dict[str, Any]]]) -> str:

@@ -107,15 +107,15 @@ def _rungs(task: "Task", ladders: Ladders, scores: Scores, orders: Mapping[Width
 
 def _needed(taken: Sequence[Rung], saved: float, need: float) -> list[Rung]:
     """Rungs without those that are not needed, latest first; of a width only the last can be given back."""
-    kept, spent = list(taken), saved
+    kept, spent = list[Rung](), saved
     fixed: set[Width] = set()
     for rung in reversed(taken):
         if rung.width not in fixed and enough(spent - rung.saved, need):
-            kept.remove(rung)
             spent -= rung.saved
         else:
             fixed.add(rung.width)
-    return kept
+            kept.append(rung)
+    return kept[::-1]
 
 
 def _cuts(taken: Sequence[Rung], orders: Mapping[Width, list[int]]) -> tuple[Cut, ...]:
@@ -125,8 +125,9 @@ def _cuts(taken: Sequence[Rung], orders: Mapping[Width, list[int]]) -> tuple[Cut
     found = []
     for width, order in orders.items():  # in the order of the network
         if width in stays:
-            groups = sorted(order[len(order) - stays[width] // width.granule :])
-            found.append(_kept(width, [i for k in groups for i in width.groups[k]]))
+            groups = width.groups
+            left = sorted(order[len(order) - stays[width] // width.granule :])
+            found.append(_kept(width, [i for k in left for i in groups[k]]))
     return tuple(found)
 
 
