@@ -55,7 +55,7 @@ def prune(task: Task, config: Config, rng: random.Random) -> Pruned:
     """The cuts that turn the U-Net into the one of the map. Raises UserError where the map is not for this U-Net."""
     unet: Any = task.denoiser
     is_made_of_pairs(unet)
-    given = {k: v for k, v in config.model_dump().items() if v not in (None, False) and k != "preset"}
+    given = {k: v for k, v in config.model_dump().items() if v is not None and v is not False and k != "preset"}
     if config.preset is not None:
         preset = _preset(config.preset, unet)
         if config.middle in ("resnet", "none"):

@@ -123,6 +123,7 @@ def _data(stage: DistillStage, teacher: Subject, folder: Path) -> "Taught | Fold
 def _lesson(stage: DistillStage, student: Subject, teacher: Subject, folder: Path, context: Context) -> Lesson:
     """Everything put together, and checked; no image is made yet."""
     from accelerate import Accelerator, DistributedType
+    from accelerate.state import AcceleratorState
 
     from ..core.denoiser_calls import Calls
     from ..core.noising import Noising
@@ -148,6 +149,7 @@ def _lesson(stage: DistillStage, student: Subject, teacher: Subject, folder: Pat
             f"{processes.count()} processes for {len(data.conditions)} images: some would have nothing to learn from. Start fewer, "
             "or give more images."
         )
+    AcceleratorState._reset_state()  # else a second stage of this process could not have another precision
     accelerator = Accelerator(
         mixed_precision=stage.precision,
         cpu=device == "cpu",
