@@ -1,11 +1,11 @@
 """What goes together with a head, a unit or a group of channels, as a group of Torch-Pruning, whose importances weigh it.
 
-Torch-Pruning (Fang et al., "DepGraph: Towards Any Structural Pruning", arXiv 2301.12900) finds such groups by tracing a forward.
-Here they are built by hand from the rows and columns that a cut takes (`core.narrowing.picked`), for every model alike: what is
-scored is then exactly what goes. Traced, the groups of diffusers' models are others: the residual stream is one of them, and the
-output of the time embedding; the halves of a gated projection and the heads of an attention come apart unless each is named in
-the pruner's dictionaries; and some transformers cannot be traced at all. Only the importances of Torch-Pruning are used: they
-change no module, so that no attribute of a layer gets stale.
+Torch-Pruning (Fang et al., "DepGraph: Towards Any Structural Pruning", arXiv 2301.12900) finds such groups by tracing a
+forward. Here they are built by hand from the rows and columns that a cut takes (`core.narrowing.picked`), for every model
+alike: what is scored is then exactly what goes. Traced, the groups of diffusers' models are others: the residual stream is one
+of them, and the output of the time embedding; the halves of a gated projection and the heads of an attention come apart unless
+each is named in the pruner's dictionaries; and with some transformers (PixArt) they do not fit at all. Only the importances of
+Torch-Pruning are used: they change no module, so that no attribute of a layer gets stale.
 """
 
 from collections.abc import Callable

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from ..core.anatomy import Layer
     from ..core.widths import Width
 
-    # (stride, counts) -> a context, inside which the gradients of the training loss L_t of `denoiser`, summed over noise levels t,
-    # are in the `.grad` of its parameters, zero for what no loss reaches; the context gives L_t by t. Every stride-th level is
-    # visited, from the lowest noise up; counts: told the losses so far, says whether the last of them is added. At the first that
-    # is not, the visits end.
+    # (stride, counts) -> a context, inside which the gradients of the training loss L_t of `denoiser`, summed over noise levels
+    # t, are in the `.grad` of its parameters, zero for what no loss reaches; the context gives L_t by t. Every stride-th level
+    # is visited, from the lowest noise up. counts: told the losses so far, says whether the last of them is added; at the first
+    # that is not, the visits end.
     Gradients = Callable[[int, Callable[[Sequence[float]], bool]], AbstractContextManager[Mapping[float, float]]]
 
 SLACK = 1e-9  # of the target: (1 - 0.7) * 1000 is a little more than 300

@@ -59,10 +59,12 @@ def ladders(method: str, task: "Task", config: Narrowing) -> Ladders:
 def ladder(width: Width, config: Narrowing) -> tuple[int, ...]:
     """What may stay of a width: whole groups, and of units and channels multiples of `round_to`.
 
-    >>> ladder(Width("r", "keep_channels", 32, 4), Narrowing(least=0.3)), ladder(Width("a", "keep_heads", 3, 1), Narrowing(round_to=8))
-    ((32, 28, 24, 20, 16, 12), (3, 2, 1))
-    >>> ladder(Width("f", "keep_units", 100, 1), Narrowing(round_to=32)), ladder(Width("r", "keep_channels", 30, 10), Narrowing(round_to=8))
-    ((100, 96, 64, 32), (30,))
+    >>> ladder(Width("r", "keep_channels", 32, 4), Narrowing(least=0.3))
+    (32, 28, 24, 20, 16, 12)
+    >>> [ladder(Width("a", what, n, 1), Narrowing(round_to=32)) for what, n in (("keep_heads", 3), ("keep_units", 100))]
+    [(3, 2, 1), (100, 96, 64, 32)]
+    >>> ladder(Width("r", "keep_channels", 30, 10), Narrowing(round_to=8))
+    (30,)
     """
     multiple = 1 if width.what == "keep_heads" else config.round_to
     found = {rounded(stay, multiple, width.count) for stay in range(width.granule, width.count, width.granule)}
@@ -71,7 +73,7 @@ def ladder(width: Width, config: Narrowing) -> tuple[int, ...]:
 
 
 def chosen(task: "Task", ladders: Ladders, scores: Scores, scope: str) -> tuple[Cut, ...]:
-    """Cuts that save enough: of each width the groups of least score go, as many as `scope` says, and no more than is needed."""
+    """Cuts that save enough: of each width the groups of least score go, as many as `scope` says, no more than are needed."""
     orders = {width: [k for _, k in sorted((_finite(value), k) for k, value in enumerate(s))] for width, s in scores.items()}
     rungs = sorted(_rungs(task, ladders, scores, orders, scope), key=lambda rung: rung.key)
     saved, taken = 0.0, list[Rung]()
@@ -96,10 +98,12 @@ def _rungs(task: "Task", ladders: Ladders, scores: Scores, orders: Mapping[Width
         groups, order = len(width.groups), orders[width]
         price = task.saves((_kept(width, range(width.granule, width.count)),)) if len(steps) > 1 else 0.0  # of one group
         if price <= 0:
-            continue  # a norm costs no MACs: what saves nothing is no choice
+            continue  # what saves nothing is no choice
+        worth = 0.0
         for before, stays in itertools.pairwise(steps):
             gone = order[groups - before // width.granule : groups - stays // width.granule]
-            worth = sum(_finite(scores[width][k]) for k in gone) / (price * len(gone))
+            # The most important go last; rounding must not turn that round.
+            worth = max(worth, sum(_finite(scores[width][k]) for k in gone) / (price * len(gone)))
             share = 1 - stays / width.count if scope == "local" else 0.0
             found.append(Rung(width, stays, price * len(gone), (share, worth, place)))
     return found

@@ -1,4 +1,4 @@
-"""Diff-Pruning: heads, units and channels go by the Taylor importance of the training loss, summed over the informative timesteps.
+"""Diff-Pruning: heads, units and channels go by the Taylor importance of the training loss over the informative timesteps.
 
 Fang, Ma, Wang, "Structural Pruning for Diffusion Models", NeurIPS 2023, arXiv 2305.10924.
 L_t = |eps_theta(x_t, t) - eps|^2 on one batch x_0 and one noise eps for all t. Losses are large at low noise and fall with t;
@@ -9,13 +9,13 @@ parameters of |w g|. The least goes, the same share in every layer. T = 0 counts
 Notation: threshold -> T; losses -> L_t by t, L_max their largest so far; scores -> sum |w g| of each head, unit, channel group.
 T of the authors' scripts: 0.05 CIFAR-10, 0.00 CelebA-HQ 64, 0.01 LSUN 256, 0.1 latent diffusion on ImageNet.
 
-Steps are visited from t = 0 up and end at the first below T, which is not added: the test stands before the backward pass, as in the
-released scripts ddpm_exp and ldm_exp (ddpm_prune adds that step too). Torch-Pruning computes the importances, from groups that
-_coupled.py builds. What is pruned differs: the paper narrows whole ResNet stages, the residual stream with them; here only what lies inside a
-layer gets narrower (heads of attentions, units of feed-forwards, whole norm groups of channels between a ResNet's convolutions), so that
-nothing around it changes and what stays computes what it did. Ours too: every stride-th step instead of each, `scope: global`,
-biases and norms in the sum, that a target in parameters or MACs decides how much goes, and models that predict something else than eps,
-whose L_t is the loss that they were trained with.
+Steps are visited from t = 0 up and end at the first below T, which is not added: the test stands before the backward pass, as
+in the released scripts ddpm_exp and ldm_exp (ddpm_prune adds that step too). Torch-Pruning computes the importances, from
+groups that _coupled.py builds. What is pruned differs: the paper narrows whole ResNet stages, the residual stream with them; here only what
+lies inside a layer gets narrower (heads of attentions, units of feed-forwards, whole norm groups of channels between a ResNet's
+convolutions), so that nothing around it changes and what stays computes what it did. Ours too: every stride-th step instead of
+each, `scope: global`, biases and norms in the sum, that a target in parameters or MACs decides how much goes, and models that
+predict something else than eps, whose L_t is the loss that they were trained with.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""Random heads, units and channels, seeded: what any criterion for widths has to beat. The random baseline of Diff-Pruning's tables."""
+"""Random heads, units and channels, seeded: what any criterion for widths has to beat. A baseline of Diff-Pruning's tables."""
 
 import random
 from typing import ClassVar

@@ -132,7 +132,7 @@ class Gradients:
             "images": self.count,
             **own,
             "timesteps that counted": levels,
-            "largest loss": max(self.losses.values(), default=0.0),
+            "largest loss": f"{max(self.losses.values(), default=0.0):.4g}",
         }
 
     def spent(self) -> dict[str, float]:
@@ -212,6 +212,7 @@ class Gradients:
     def _loss(self, t: float, part: range) -> "Tensor":
         """A part's share of the mean over the batch."""
         answer, target = self._answer(t, part)
+        self.forwards += len(part)
         return (answer - target).square().sum() / (target[0].numel() * self.count)
 
     def _answer(self, t: float, part: range) -> "tuple[Tensor, Tensor]":
@@ -226,7 +227,6 @@ class Gradients:
         rows = [i % self.calls.rows for i in part]
         kwargs = self.calls([self.data.conditions[i] for i in part], rows, shown, times)
         out = self.denoiser(**kwargs, return_dict=False)[0].float()
-        self.forwards += len(part)
         return out[:, : target.shape[1]], target
 
     def _parts(self) -> list[range]:
@@ -256,8 +256,8 @@ class Gradients:
                 told = file.metadata() or {}
                 if told.get("identity") != self.identity:
                     raise UserError(
-                        f"{self.path}: holds gradients that were summed under other conditions (device, chunk, prompts, data, settings, "
-                        "or another lissom). Go on as the run was started, or choose another --out."
+                        f"{self.path}: holds gradients that were summed under other conditions (device, chunk, prompts, data, "
+                        "settings, or another lissom). Go on as the run was started, or choose another --out."
                     )
                 for name in file.keys():  # noqa: SIM118  not a dict
                     parameter = self.parameters[name]
@@ -296,8 +296,8 @@ def _check(stage: PruneStage, subject: Subject) -> None:
     there: list[nn.Module] = list(denoisers(model.pipe).values())
     if len(there) > 1:
         raise UserError(
-            f"{stage.method}: {type(model.pipe).__name__} shares its noise levels between {len(there)} denoisers, and losses over all "
-            "of them say nothing of one. laptop looks at the first one alone."
+            f"{stage.method}: {type(model.pipe).__name__} shares its noise levels between {len(there)} denoisers, and losses "
+            "over all of them say nothing of one. laptop looks at the first one alone."
         )
     if any(p.is_meta for p in there[0].parameters()):
         raise UserError(

@@ -85,8 +85,8 @@ def say(found: dict[str, Any]) -> str:
     text = f"{found['stage']} on {found['model']}: " + "; ".join(parts)
     if "denoiser_backwards" in found:
         return text + (
-            f". Gradients at no more than {found['visited']} noise levels decide what goes from {found['scored']} layers: up to "
-            f"{found['denoiser_forwards']:,} forwards and {found['denoiser_backwards']:,} backward passes of one image"
+            f". Gradients at no more than {found['visited']} noise levels decide what goes from {found['scored']} layers: "
+            f"up to {found['denoiser_forwards']:,} forwards and {found['denoiser_backwards']:,} backward passes of one image"
         )
     if "denoiser_forwards" in found:
         return text + (

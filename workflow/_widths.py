@@ -25,8 +25,8 @@ def chosen(stage: PruneStage, gauge: Gauge, name: str) -> "tuple[Width, ...]":
     found = widths(gauge.denoiser)
     if not found:
         raise UserError(
-            f"{name}: {type(gauge.denoiser).__name__} has no heads, units or channels that can be cut exactly (docs/pruning.md, "
-            "widths). laptop cuts whole layers."
+            f"{name}: {type(gauge.denoiser).__name__} has no heads, units or channels that can be cut exactly "
+            "(docs/pruning.md, widths). laptop cuts whole layers."
         )
     addresses = list(dict.fromkeys([*(layer.address for layer in gauge.known), *(width.address for width in found)]))
     allowed = surgery.matching(stage.include, addresses) if stage.include else set(addresses)

@@ -1,4 +1,4 @@
-"""Denoisers of every shape, and what a prune method is given for them: losses are made up, and add up exactly; so are gradients."""
+"""Denoisers of every shape, and what a prune method is given for them: losses and gradients are made up."""
 
 import functools
 import hashlib

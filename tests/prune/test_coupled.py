@@ -67,7 +67,7 @@ def by_hand(layer: Any, width: Width, product: Callable[[Tensor], Tensor]) -> Te
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_taylor_importance_is_the_sum_of_weight_times_gradient(kind: str, graded: Callable[[Any], Any]) -> None:
-    """Every width of every family. Also 6.5, item 3 (whole heads), 4 (both halves of a gate), 6 (whole groups), 7 (norms count)."""
+    """Every width of every family. Also 6.5, items 3 (whole heads), 4 (both halves of a gate), 6 (whole groups), 7 (norms)."""
     denoiser = graded(KINDS[kind]())
     found = widths(denoiser)
     assert found
