@@ -31,7 +31,9 @@ def search(
             "--budget", metavar="macs=0.8", help="macs, latency or params at most, as a share of the uncut K-step run."
         ),
     ] = None,
-    space: Annotated[str, typer.Option("--space", help="Comma-separated: timesteps, skips, cuts, slim.")] = "timesteps,skips",
+    space: Annotated[
+        str, typer.Option("--space", help="Comma-separated: timesteps, skips, reuse, cuts, slim.")
+    ] = "timesteps,skips",
     pick: Annotated[int | None, typer.Option("--pick", min=1, help="Which member of the front, or elite, is exported.")] = None,
     warm_start: Annotated[
         str | None, typer.Option("--warm-start", metavar="RUN", help="Open with the best plans of another search.")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .standins import STAND_INS, Absent, both_inputs, joint_input, plain_input, x_input
 
 Removal = Literal["input", "shortcut", "zero"]
+UNETS = "diffusers.models.unets."  # where the classes of U-Nets' blocks are
 Substitute = Callable[..., Any]  # (layer, *args, **kwargs of its forward) -> what is returned in its place
 
 
@@ -55,6 +56,18 @@ def layers(denoiser: nn.Module) -> list[Layer]:
             kept = _size(_stays(module, address))
             found.append(Layer(address, known.kind(module), _size(module), None, known.removal(module), kept))
     return found
+
+
+def stages(denoiser: nn.Module) -> list[str]:
+    """Addresses of a U-Net's blocks on its way down and up. Nothing stands in for one, since it changes widths or sizes and
+    hands skip connections over: a step cannot skip it, but what it returned before can be returned again.
+    """
+    denoiser = uncompiled(denoiser)
+    return [
+        address
+        for address, module in denoiser.named_modules()
+        if address.rpartition(".")[0] in ("down_blocks", "up_blocks") and type(module).__module__.startswith(UNETS)
+    ]
 
 
 def offered(layer: nn.Module, parent: nn.Module) -> bool:

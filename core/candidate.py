@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+from collections.abc import Callable
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
@@ -31,20 +32,38 @@ class Data(BaseModel):
 
 
 class Step(Data):
-    """One solver interval. It may call the denoiser more than once (Heun, PLMS): `skip` holds for all of its calls.
+    """One solver interval. It may call the denoiser more than once (Heun, PLMS): `skip` and `reuse` hold for all of its calls.
 
     >>> Step(timestep=999, skip=("b", "a", "a")).canonical()
     '{"skip":["a","b"],"timestep":999}'
+    >>> Step(timestep=9, reuse=("a",)).executes("a.b"), Step(timestep=9, reuse=("a",)).executes("ab")
+    (False, True)
     """
 
     timestep: float  # as the scheduler holds it: 0..N-1 for variance-preserving schedules, (0, N] for flow matching
     sigma: float | None = None  # noise level after all shifting, for schedulers whose sigma is not a function of the timestep
     skip: tuple[str, ...] = ()  # addresses of layers that are not executed in this step
+    reuse: tuple[str, ...] = ()  # nor are these: what they did in the latest step that executed them is done again
 
-    @field_validator("skip")
+    @field_validator("skip", "reuse")
     @classmethod
-    def _sorted(cls, skip: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(sorted(set(skip)))  # one set of layers, one key
+    def _sorted(cls, addresses: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(set(addresses)))  # one set of layers, one key
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        if both := sorted(set(self.skip) & set(self.reuse)):
+            raise ValueError(f"a layer is skipped or reused in a step, not both: {', '.join(both)}")
+        return self
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Addresses of all layers that this step does not execute."""
+        return (*self.skip, *self.reuse)
+
+    def executes(self, address: str) -> bool:
+        """Whether this step executes the layer: neither it nor one that it lies in is left out."""
+        return not any(address == a or address.startswith(a + ".") for a in self.left_out)
 
     @field_serializer("timestep")
     def _whole(self, timestep: float) -> float | int:
@@ -87,6 +106,20 @@ class SamplingPlan(Data):
     def timesteps(self) -> tuple[float, ...]:
         return tuple(step.timestep for step in self.steps)
 
+    def renamed(self, name: Callable[[str], str | None]) -> Self:
+        """The plan for a model whose layers go by other names: None for one that is gone, which is then left out of no step."""
+
+        def of(addresses: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(sorted(new for a in addresses if (new := name(a)) is not None))
+
+        steps = (s.model_copy(update={"skip": of(s.skip), "reuse": of(s.reuse)}) for s in self.steps)
+        return self.model_copy(update={"steps": tuple(steps)})
+
+    def executing(self, *fields: Literal["skip", "reuse"]) -> Self:
+        """The plan without any skips, or reuse, or both: these layers are executed in every step."""
+        none: dict[str, Any] = {field: () for field in fields}
+        return self.model_copy(update={"steps": tuple(step.model_copy(update=none) for step in self.steps)})
+
     def pretty(self) -> str:
         """The text of plan.json: canonical content, indented, one newline at the end."""
         return json.dumps(self.plain(), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -104,7 +137,7 @@ class Cut(Data):
 
 
 class Candidate(Data):
-    """What is varied: a plan, cuts, or both. The plan's skips are then named as in the model before it is cut."""
+    """What is varied: a plan, cuts, or both. The plan's layers are then named as in the model before it is cut."""
 
     plan: SamplingPlan | None = None
     cuts: tuple[Cut, ...] = ()

@@ -30,8 +30,9 @@ class Costs:
     """The arithmetic of one image, or of the batch that `count` was given."""
 
     total: int  # MACs per image and evaluation of the denoiser, guidance's second half of the batch included
-    layers: dict[str, int]  # address -> MACs per image and evaluation that skipping the layer saves
+    layers: dict[str, int]  # address -> MACs per image and evaluation that skipping the layer saves, or reusing it
     params: int  # numbers in the parameters of the denoiser(s)
+    stages: dict[str, int] = field(default_factory=dict)  # the same of what can be reused but not skipped (`anatomy.stages`)
 
 
 def measure(pipe: Any, arguments: dict[str, Any]) -> Costs:
@@ -70,16 +71,17 @@ def count(denoiser: nn.Module, *args: Any, **kwargs: Any) -> Costs:
 def plan_macs(costs: Costs, plan: SamplingPlan) -> int:
     """MACs per image of a whole plan, all evaluations of each step counted (`evaluations`).
 
-    A skipped layer inside a skipped layer counts once.
+    A layer that is reused costs as little as one that is skipped. One left out inside another counts once.
 
     >>> costs = Costs(total=100, layers={"a": 30, "a.b": 10, "c": 5}, params=0)
     >>> plan = SamplingPlan(scheduler=Scheduler(name="DDIMScheduler"),
-    ...                     steps=(Step(timestep=9), Step(timestep=5, skip=("a", "a.b", "c"))))
+    ...                     steps=(Step(timestep=9), Step(timestep=5, skip=("a", "a.b"), reuse=("c",))))
     >>> plan_macs(costs, plan)
     165
     """
+    saved = costs.layers | costs.stages
     return sum(
-        count * (costs.total - sum(costs.layers[a] for a in outermost(step.skip)))
+        count * (costs.total - sum(saved[a] for a in outermost(step.left_out)))
         for count, step in zip(evaluations(plan), plan.steps, strict=True)
     )
 
@@ -95,6 +97,7 @@ class _Counter:
 
     flops: int = 0
     layers: dict[str, int] = field(default_factory=dict)  # address -> flops that skipping the layer saves
+    stages: dict[str, int] = field(default_factory=dict)  # address -> flops of the block
 
     def __call__(self, call: Call, following: Next) -> Any:
         return self.run(call.module, functools.partial(following, call))
@@ -109,14 +112,16 @@ class _Counter:
     def costs(self, denoisers: Iterable[nn.Module]) -> Costs:
         """In MACs: two flops each, a multiplication and an addition."""
         params = sum(p.numel() for module in denoisers for p in module.parameters())
-        return Costs(self.flops // 2, {address: flops // 2 for address, flops in self.layers.items()}, params)
+        layers, stages = ({a: flops // 2 for a, flops in found.items()} for found in (self.layers, self.stages))
+        return Costs(self.flops // 2, layers, params, stages)
 
     @contextlib.contextmanager
     def _layers(self, denoiser: nn.Module, mode: FlopCounterMode) -> Iterator["_Clock"]:
         """Time every skippable layer by the count of flops; then run its substitute, whose flops a skip does not save."""
         clock, hooks = _Clock(mode), []
-        for layer in anatomy.layers(denoiser):
-            module = anatomy.uncompiled(denoiser).get_submodule(layer.address)
+        skippable = [layer.address for layer in anatomy.layers(denoiser)]
+        for address in (*skippable, *anatomy.stages(denoiser)):
+            module = anatomy.uncompiled(denoiser).get_submodule(address)
             started: list[int] = []
 
             def start(module: nn.Module, args: Any, kwargs: Any, started: list[int] = started) -> None:
@@ -127,10 +132,13 @@ class _Counter:
                 args: Any,
                 kwargs: Any,
                 output: Any,
-                address: str = layer.address,
+                address: str = address,
                 started: list[int] = started,
             ) -> None:
                 spent = clock.now() - started.pop()
+                if address not in skippable:
+                    self.stages[address] = self.stages.get(address, 0) + spent
+                    return
                 kept = clock.aside(lambda: anatomy.substitute(module)(module, *args, **kwargs))
                 self.layers[address] = self.layers.get(address, 0) + spent - kept
 

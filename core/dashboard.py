@@ -12,7 +12,7 @@ VISIBLE = 50  # parameters at most: each is a row of its own in a database
 
 
 def visible(request: Request) -> dict[str, float]:
-    """The part of a request that the dashboard plots: its timesteps, how many layers each step skips, how many cuts it has."""
+    """The part of a request that the dashboard plots: timesteps, how many layers each step skips and reuses, how many cuts."""
     plan, cuts = request.candidate.plan, request.candidate.cuts
     shown = {"cuts": float(len(cuts))} if cuts else {}
     if plan is not None:
@@ -20,6 +20,8 @@ def visible(request: Request) -> dict[str, float]:
         shown |= {f"t{i:0{width}}": float(s.timestep) for i, s in enumerate(plan.steps)}
         skips = {f"skipped{i:0{width}}": float(len(s.skip)) for i, s in enumerate(plan.steps)}
         shown |= skips if any(skips.values()) else {}
+        reused = {f"reused{i:0{width}}": float(len(s.reuse)) for i, s in enumerate(plan.steps)}
+        shown |= reused if any(reused.values()) else {}
     return dict(list(shown.items())[:VISIBLE])
 
 

@@ -21,8 +21,11 @@ class SearchStage(Data):
     budget: dict[Literal["macs", "latency", "params"], float] = Field(
         default_factory=dict
     )  # at most this share of the uncut run
-    # What is varied: timesteps, layers that single steps skip, cuts of single layers, the slim U-Nets' grammar of stages.
-    space: tuple[Literal["timesteps", "skips", "cuts", "slim"], ...] = Field(default=("timesteps", "skips"), min_length=1)
+    # What is varied: timesteps, layers that single steps skip, layers that they reuse from earlier ones, cuts of single layers,
+    # the slim U-Nets' grammar of stages.
+    space: tuple[Literal["timesteps", "skips", "reuse", "cuts", "slim"], ...] = Field(
+        default=("timesteps", "skips"), min_length=1
+    )
     scheduler: str | None = None  # a diffusers scheduler class to use instead of the model's own
     rescore: int = Field(default=8, ge=1)  # elites scored again on fresh seeds before a winner is named
     rescore_samples: int = Field(default=1024, ge=4)
@@ -49,6 +52,8 @@ class SearchStage(Data):
                 raise ValueError(f"budget {name}={share:g}: must be above 0 and at most 1, a share of the uncut run")
         if "timesteps" not in self.space:
             raise ValueError("space must contain timesteps")
+        if "reuse" in self.space and self.steps < 2:
+            raise ValueError("space: reuse: a single step has no step before it. Give more steps, or take skips instead")
         if len(set(self.objective)) < len(self.objective):
             raise ValueError(f"objective {', '.join(self.objective)}: names one twice")
         if self.objective[0] in COSTS:
@@ -64,6 +69,12 @@ class SearchStage(Data):
     @property
     def method(self) -> str:
         return self.search
+
+    @property
+    def ways(self) -> tuple[Literal["skip", "reuse"], ...]:
+        """How a step may leave layers out, if it may."""
+        skips: tuple[Literal["skip"], ...] = ("skip",) if "skips" in self.space else ()
+        return (*skips, "reuse") if "reuse" in self.space else skips
 
     @property
     def cutting(self) -> bool:

@@ -115,6 +115,24 @@ def skips(plan: SamplingPlan) -> str:
     return " ".join(map(str, counts)) if any(counts) else "–"
 
 
+def reuses(plan: SamplingPlan) -> str:
+    """Layers reused at each step, counted as `skips` are."""
+    counts = [len(step.reuse) for step in plan.steps]
+    return " ".join(map(str, counts)) if any(counts) else "–"
+
+
+def left_out(plan: SamplingPlan) -> str:
+    """Skips, then reuse where there is any: '0 0 2 1, reused 0 3 1 1'."""
+    skipped, reused = skips(plan), reuses(plan)
+    return skipped if reused == "–" else f"reused {reused}" if skipped == "–" else f"{skipped}, reused {reused}"
+
+
+def left_out_head(report: SearchReport) -> str:
+    """The title of a column of `left_out`."""
+    everyone: list[Scored | Row] = [report.winner, *report.front, *report.baselines, *report.candidates]
+    return "skips, reuse per step" if any(s.reuse for one in everyone for s in one.plan.steps) else "skips per step"
+
+
 def training_steps(plans: Iterable[SamplingPlan]) -> int:
     """N of the noise schedule, the length of the time axis."""
     return max(int(plan.scheduler.config.get("num_train_timesteps", 1000)) for plan in plans)

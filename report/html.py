@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..core.candidate import Step
 from . import _page, _words, plots, search_front, search_parts, search_plots, search_verdict
 from .schema import Row, Scored, SearchReport
 
@@ -85,15 +86,19 @@ def _candidate(row: Row, report: SearchReport) -> dict[str, Any]:
         "early": early,
         "times": _words.timesteps(row.plan),
         "first": row.plan.timesteps[0],
-        "skips": _words.skips(row.plan),
-        "skipped": sum(len(step.skip) for step in row.plan.steps),
-        "layers": "; ".join(f"{step.timestep:g}: {', '.join(step.skip)}" for step in row.plan.steps if step.skip),
+        "skips": _words.left_out(row.plan),
+        "skipped": sum(len(step.left_out) for step in row.plan.steps),
+        "layers": "; ".join(f"{step.timestep:g}: {_layers(step)}" for step in row.plan.steps if step.left_out),
         "cuts": [search_front.cut_words(cut) for cut in row.cuts],
         "calls": row.calls,
         "seconds": row.seconds,
         "error": row.error or "",
         "won": (row.plan, row.cuts) == (report.winner.plan, report.winner.cuts),
     }
+
+
+def _layers(step: Step) -> str:
+    return ", ".join([*step.skip, *(f"{address} (reused)" for address in step.reuse)])
 
 
 def _other_metrics(report: SearchReport) -> list[str]:

@@ -80,17 +80,20 @@ def _samples(report: SearchReport) -> list[str]:
 
 
 def _plan(report: SearchReport) -> list[str]:
+    reusing = any(step.reuse for step in report.winner.plan.steps)
     rows = [
         [
             str(i),
             f"{step.timestep:g}",
             *([f"{step.sigma:.5g}"] if step.sigma is not None else []),
             ", ".join(step.skip) or "none",
+            *([", ".join(step.reuse) or "none"] if reusing else []),
         ]
         for i, step in enumerate(report.winner.plan.steps)
     ]
     sigma = ["sigma"] if any(step.sigma is not None for step in report.winner.plan.steps) else []
-    return ["## The plan", table(["step", "timestep", *sigma, "layers not executed"], rows)]
+    layers = ["layers skipped", "layers reused"] if reusing else ["layers not executed"]
+    return ["## The plan", table(["step", "timestep", *sigma, *layers], rows)]
 
 
 def _cuts(report: SearchReport) -> list[str]:
@@ -127,7 +130,7 @@ def _candidates(report: SearchReport) -> list[str]:
         *names,
         *_cost_heads(report),
         "timesteps",
-        "skipped per step",
+        "skipped per step" if _words.left_out_head(report) == "skips per step" else "skipped, reused per step",
     ]
     title = f"## The best {len(best)} of {len(_words.candidates(report)):,} candidates"
     note = "On the search's own seeds, hence optimistic: the table above is the one to quote."
@@ -139,7 +142,7 @@ def _candidates(report: SearchReport) -> list[str]:
 
 def _candidate(row: Row, report: SearchReport, others: Sequence[str]) -> list[str]:
     values = [_words.short(row.value), _words.short(row.rescored), *(_words.short(row.others.get(name)) for name in others)]
-    return [str(row.number), row.origin, *values, *_costs(row, report), _words.timesteps(row.plan), _words.skips(row.plan)]
+    return [str(row.number), row.origin, *values, *_costs(row, report), _words.timesteps(row.plan), _words.left_out(row.plan)]
 
 
 def _cost_heads(report: SearchReport) -> list[str]:

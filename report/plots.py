@@ -129,7 +129,7 @@ def intervals(report: SearchReport) -> str:
 
 
 def schedules(report: SearchReport) -> str:
-    """Where each schedule spends its steps, from noise on the left to the image on the right. Numbers: layers skipped there."""
+    """Where each schedule spends its steps, from noise on the left to the image on the right. Numbers: layers skipped (−), reused (r)."""
     entries = _marked(report)
     figure, axes = new_rows([s.name for s, *_ in entries], 0.4)
     for y, (scored, color, mark, size) in enumerate(entries):
@@ -137,8 +137,8 @@ def schedules(report: SearchReport) -> str:
         axes.plot(times, [y] * len(times), color=color, linewidth=1, alpha=0.6)
         axes.scatter(times, [y] * len(times), s=size, color=color, marker=mark, zorder=3, edgecolors=SURFACE, linewidths=0.8)
         for step in scored.plan.steps:
-            if step.skip and len(times) <= CROWD:
-                text = f"−{len(step.skip)}"
+            if step.left_out and len(times) <= CROWD:
+                text = " ".join([f"−{len(step.skip)}"] * bool(step.skip) + [f"r{len(step.reuse)}"] * bool(step.reuse))
                 axes.annotate(text, (step.timestep, y), (0, 9), textcoords="offset points", ha="center", fontsize=9, color=INK)
     total = _words.training_steps(s.plan for s, *_ in entries)
     axes.set_xlim(total * 1.03, -total * 0.03)
@@ -147,14 +147,16 @@ def schedules(report: SearchReport) -> str:
 
 
 def skipped(report: SearchReport) -> str | None:
-    """Layers against steps of the winner: a filled square is not executed. None when nothing is skipped."""
+    """Layers against steps of the winner: a filled square is not executed, a hollow one reused. None when all are executed."""
     steps = report.winner.plan.steps
-    layers = sorted({address for step in steps for address in step.skip})
+    layers = sorted({address for step in steps for address in step.left_out})
     if not layers:
         return None
     figure, axes = new_rows(layers, 0.24, mono=True)
-    at = [(i, layers.index(address)) for i, step in enumerate(steps) for address in step.skip]
-    axes.scatter([x for x, _ in at], [y for _, y in at], s=70, marker="s", color=SEARCHED)
+    for way, filled in (("skip", SEARCHED), ("reuse", "none")):
+        at = [(i, layers.index(address)) for i, step in enumerate(steps) for address in getattr(step, way)]
+        if at:
+            axes.scatter([x for x, _ in at], [y for _, y in at], s=70, marker="s", facecolors=filled, edgecolors=SEARCHED)
     axes.set_xlim(-0.6, len(steps) - 0.4)
     shown = range(0, len(steps), -(-len(steps) // CROWD))
     axes.set_xticks(shown, [f"{steps[i].timestep:g}" for i in shown])

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..core.candidate import SamplingPlan
 from ..core.conditions import IMAGES, NOTES
@@ -39,7 +39,8 @@ FLAGS = (
 PAIRS = ("FluxSingleTransformerBlock", "FluxTransformerBlock", "JointTransformerBlock")  # both streams as they came
 BRANCHES = ("Attention", "FeedForward")  # zeros, or the input where the layer adds that itself
 BLOCKS = ("BasicTransformerBlock", "SanaTransformerBlock", "WanTransformerBlock")  # the input
-KNOWN = {*PAIRS, *BRANCHES, *BLOCKS, "ResnetBlock2D", "Transformer2DModel"}
+MIDDLES = ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn")  # the input
+KNOWN = {*PAIRS, *BRANCHES, *BLOCKS, *MIDDLES, "ResnetBlock2D", "Transformer2DModel"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class ModelCall:
     seeds: tuple[int, ...]  # of the starting noise, one per image
     rows: tuple[Mapping[str, Any], ...] = ({},)  # call arguments of one image each; image i takes row i mod len(rows)
     arguments: Mapping[str, Any] = field(default_factory=dict)  # call arguments of all images: guidance_scale, ...
-    layers: Mapping[str, str] = field(default_factory=dict)  # class names of the layers that the plan skips (`layer_classes`)
+    layers: Mapping[str, str] = field(
+        default_factory=dict
+    )  # class names of the layers that the plan leaves out (`layer_classes`)
     denoiser: str = "unet"  # component that holds these layers
     revision: str | None = None
     dtype: str = "float32"
@@ -60,8 +63,8 @@ class ModelCall:
 
 
 def layer_classes(denoiser: Any, plan: SamplingPlan) -> dict[str, str]:
-    """Address -> class name of every layer that the plan skips somewhere. `denoiser`: the nn.Module."""
-    return {a: type(denoiser.get_submodule(a)).__name__ for a in _skipped(plan)}
+    """Address -> class name of every layer that the plan skips or reuses somewhere. `denoiser`: the nn.Module."""
+    return {a: type(denoiser.get_submodule(a)).__name__ for a in (*_named(plan, "skip"), *_named(plan, "reuse"))}
 
 
 def emit(plan: SamplingPlan, model: ModelCall, images: int = 16) -> str:
@@ -82,13 +85,16 @@ def emit(plan: SamplingPlan, model: ModelCall, images: int = 16) -> str:
 def stock_call(plan: SamplingPlan, pipeline_class: str, arguments: Mapping[str, Any] | None = None) -> str | None:
     """Python that makes the plan's images with a stock scheduler of diffusers, `pipe` and `prompt` given. None if there is none.
 
-    A call exists for pipelines with an argument `timesteps` (flow matching: `sigmas`), for plans without skips and without
+    A call exists for pipelines with an argument `timesteps` (flow matching: `sigmas`), for plans that execute all layers and have no
     noise levels of their own, with solvers that take a list and draw no noise. DDIM takes none; DPM-Solver++ of order 1 is the same update (Lu et al. 2022, sec. 4.1) and does.
     """
     config, name = plan.scheduler.config, plan.scheduler.name
     accepted = inspect.signature(_pipeline(pipeline_class).__call__).parameters if _pipeline(pipeline_class) else {}
     flow = KINDS.get(name) == "flow"
-    if any(step.skip or step.sigma is not None for step in plan.steps) or ("sigmas" if flow else "timesteps") not in accepted:
+    if (
+        any(step.left_out or step.sigma is not None for step in plan.steps)
+        or ("sigmas" if flow else "timesteps") not in accepted
+    ):
         return None
     takes = KINDS.get(name) in ("ddim", "stock") or name == "FlowMatchEulerDiscreteScheduler"
     if not takes or name in NOISY or _scheduler_obstacle(plan):
@@ -133,8 +139,12 @@ def _render(plan: SamplingPlan, model: ModelCall, count: int) -> str:
     # Which planned timestep each call is made at, and which step it belongs to: Heun and PLMS call twice in some.
     order = entries(name, len(plan.steps))
     steps = [plan.steps[i] for i in intervals(order)]
-    skips = {a: [i for i, step in enumerate(steps) if a in step.skip] for a in _skipped(plan)}
-    used = {model.layers[a] for a in skips}
+    skips, reuses = (
+        {a: [i for i, step in enumerate(steps) if a in getattr(step, way)] for a in _named(plan, way)}
+        for way in ("skip", "reuse")
+    )
+    classes = {model.layers[a] for a in (*skips, *reuses)}
+    used = classes & KNOWN
     columns = next(c for c in range(min(8, count), 0, -1) if count % c == 0)  # make_image_grid wants full rows
     has_class = _pipeline(model.pipeline) is not None
     # Named always: transformers opens a text encoder in the dtype it was saved in.
@@ -156,7 +166,14 @@ def _render(plan: SamplingPlan, model: ModelCall, count: int) -> str:
         sigmas=[repr(plan.steps[i].sigma) for i in order] if plan.steps[0].sigma is not None else [],
         twice=name in TWICE,
         counted="steps" if len(order) == len(plan.steps) else "calls of `step`",
-        skips=[f"{_literal(address)}: {calls}" for address, calls in skips.items()],
+        skips=[f"{_literal(address)}: {_calls(calls)}" for address, calls in skips.items()],
+        # Where a layer is reused, one list says of all layers both.
+        reuses=[f"{_literal(a)}: ({_calls(skips.get(a, []))}, {_calls(reuses.get(a, []))})" for a in sorted({*skips, *reuses})]
+        if reuses
+        else [],
+        stages=_literal(tuple(sorted(classes - KNOWN))) if classes - KNOWN else "",
+        plus="lambda x, y: x if x is None else x + y" if used.intersection(PAIRS) else "torch.add",
+        minus="lambda x, y: x if x is None else x - y" if used.intersection(PAIRS) else "torch.sub",
         used=used,
         pairs=_literal(tuple(cls for cls in PAIRS if cls in used)) if used.intersection(PAIRS) else "",
         branches=_literal(tuple(cls for cls in BRANCHES if cls in used)) if used.intersection(BRANCHES) else "",
@@ -187,9 +204,12 @@ def _obstacle(plan: SamplingPlan, model: ModelCall) -> str | None:
     for key, value in (*model.arguments.items(), *(item for row in model.rows for item in row.items())):
         if not _plain(value):
             return f"the call argument {key!r} is not a plain value (text, number, true, false, or a list of them)"
-    for address in _skipped(plan):
-        if (found := model.layers.get(address)) not in KNOWN:
-            return f"it skips {address}, whose class ({found or 'not given'}) it does not know"
+    for way in ("skip", "reuse"):
+        for address in _named(plan, way):
+            found = model.layers.get(address)
+            stage = way == "reuse" and found is not None and address.rpartition(".")[0] in ("down_blocks", "up_blocks")
+            if found not in KNOWN and not stage:
+                return f"it {way}s {address}, whose class ({found or 'not given'}) it does not know"
     return None
 
 
@@ -227,8 +247,19 @@ def _changed(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kept.items() if value is not None or known[key].default is None}
 
 
-def _skipped(plan: SamplingPlan) -> list[str]:
-    return sorted({address for step in plan.steps for address in step.skip})
+def _named(plan: SamplingPlan, way: Literal["skip", "reuse"]) -> list[str]:
+    return sorted({address for step in plan.steps for address in getattr(step, way)})
+
+
+def _calls(numbers: list[int]) -> str:
+    """
+    >>> _calls([0, 1, 2, 5]), _calls([1, 3, 5, 7, 9])
+    ('[0, 1, 2, 5]', 'range(1, 10, 2)')
+    """
+    stride = numbers[1] - numbers[0] if len(numbers) > 4 else 0
+    if not stride or numbers != [*range(numbers[0], numbers[-1] + 1, stride)]:
+        return repr(numbers)
+    return f"range({numbers[0]}, {numbers[-1] + 1}{f', {stride}' if stride > 1 else ''})"
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:

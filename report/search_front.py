@@ -79,7 +79,7 @@ def title(report: SearchReport) -> str:
 def head(report: SearchReport) -> list[str]:
     """Column titles of `members`."""
     costs = [_words.RATIOS[name] for name in ("macs", *_words.priced(report))]
-    return ["pick", *(_heading(report, name) for name in _metrics(report)), *costs, "timesteps", "skips per step"]
+    return ["pick", *(_heading(report, name) for name in _metrics(report)), *costs, "timesteps", _words.left_out_head(report)]
 
 
 def members(report: SearchReport) -> list[Member]:
@@ -88,7 +88,7 @@ def members(report: SearchReport) -> list[Member]:
     for number, one in enumerate(report.front, 1):
         values = [_value(measured(report, one, name)) for name in _metrics(report)]
         costs = [_words.share(one, name) for name in ("macs", *_words.priced(report))]
-        cells = (*values, *costs, _words.timesteps(one.plan), _words.skips(one.plan))
+        cells = (*values, *costs, _words.timesteps(one.plan), _words.left_out(one.plan))
         found.append(Member(number, one, number == report.picked, cells, tuple(map(cut_words, one.cuts))))
     return found
 

@@ -37,7 +37,7 @@ def gained_head(report: SearchReport) -> list[str]:
     measured = next((m for one in report.gained if (m := _words.find(one.scored, report.objective))), None)
     title = _words.heading(measured) if measured else report.objective_label
     costs = [_words.RATIOS[name] for name in ("macs", *_words.priced(report))]
-    return ["part", title, "ratio to the part before", "so it", *costs, "timesteps", "skips per step", "cuts"]
+    return ["part", title, "ratio to the part before", "so it", *costs, "timesteps", _words.left_out_head(report), "cuts"]
 
 
 def gained_rows(report: SearchReport) -> list[Part]:
@@ -54,7 +54,7 @@ def gained_rows(report: SearchReport) -> list[Part]:
             WORDS[how] if how else "–",
             *(_words.share(scored, name) for name in ("macs", *_words.priced(report))),
             _words.timesteps(scored.plan),
-            _words.skips(scored.plan),
+            _words.left_out(scored.plan),
             str(len(scored.cuts)) if scored.cuts else "–",
         )
         found.append(Part(one, how, cells))

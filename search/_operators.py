@@ -1,11 +1,11 @@
-"""Variation that keeps K distinct timesteps, skips with their timestep, and budgets: what the evolutionary methods breed with."""
+"""Variation that keeps K distinct timesteps, what a step leaves out with it, and budgets: what evolutionary methods breed with."""
 
 import random
 from dataclasses import replace
 from typing import Protocol
 
 from ..core.candidate import Step
-from ._space import Genome, Space, toggled
+from ._space import Genome, Space, Way, leaving, toggled
 from ._task import Task
 
 
@@ -25,22 +25,25 @@ class Rates(Protocol):
 
 
 def mutate(genome: Genome, *, space: Space, config: Rates, rng: random.Random, second: bool) -> Genome:
-    """Change each gene with probability `mutation`, at least one of them: its timestep, or (second) its skips.
+    """Change each gene with probability `mutation`, at least one of them: its timestep, or (second) what it leaves out.
 
     If second, `recut` of the mutations cut the model in another way, and `throughout` of the others switch one layer instead:
-    on in all steps if no step runs it, else off in all.
+    on in all steps if no step runs it, else off in all; or reused from one step on, and back.
     """
     if second and space.sites and rng.random() < config.recut:
         site = rng.randrange(len(space.sites))
         others = [pick for pick in range(len(space.sites[site]) + 1) if pick != genome.shape[site]]
         return space.fill(space.recut(genome, site, rng.choice(others)), rng)
     if second and space.layers and rng.random() < config.throughout:
-        return space.fill(_switched(genome, rng.choice(space.layers), space), rng)
+        layer = rng.choice(space.layers)
+        reused = _way(space.ways, rng) == "reuse"
+        return space.fill(_handed_on(genome, layer, space, rng) if reused else _switched(genome, layer, space), rng)
     chosen = [i for i in range(len(genome.steps)) if rng.random() < config.mutation] or [rng.randrange(len(genome.steps))]
     genes = list(genome.steps)
     for i in chosen:
-        if second and space.layers and rng.random() < 0.5:
-            genes[i] = _skips_mutated(genes[i], space, config, rng)
+        ways = space.ways if i else tuple(way for way in space.ways if way != "reuse")  # the first step has nothing to reuse
+        if second and space.layers and ways and rng.random() < 0.5:
+            genes[i] = _layers_mutated(genes[i], _way(ways, rng), space, config, rng)
         elif rng.random() < config.jump:
             genes[i] = genes[i].model_copy(update={"timestep": space.draw(rng)})  # AutoDiffusion's mutation
         else:
@@ -80,21 +83,41 @@ def tightened(task: Task, rng: random.Random) -> Space:
 def _switched(genome: Genome, layer: str, space: Space) -> Genome:
     """The genome with one layer off in all steps, or on in all if none runs it."""
     off = not all(layer in step.skip for step in genome.steps)
-    skips = [set(step.skip) | {layer} if off else set(step.skip) - {layer} for step in genome.steps]
-    steps = (s.model_copy(update={"skip": tuple(sorted(skip))}) for s, skip in zip(genome.steps, skips, strict=True))
+    return space.consistent(Genome(tuple(_set(step, "skip", layer, off) for step in genome.steps), genome.shape))
+
+
+def _handed_on(genome: Genome, layer: str, space: Space, rng: random.Random) -> Genome:
+    """The genome with one layer reused in a step, half of the time in all later ones too; executed there if it was reused."""
+    if len(genome.steps) == 1:
+        return genome
+    i = rng.randrange(1, len(genome.steps))
+    last = len(genome.steps) if rng.random() < 0.5 else i + 1
+    on = not all(layer in step.reuse for step in genome.steps[i:last])
+    steps = [_set(step, "reuse", layer, on) if i <= n < last else step for n, step in enumerate(genome.steps)]
     return space.consistent(Genome(tuple(steps), genome.shape))
 
 
-def _skips_mutated(step: Step, space: Space, config: Rates, rng: random.Random) -> Step:
-    """A fresh skip set for a step that skips nothing (AutoDiffusion, Sec. 3.3), else one layer more, one fewer, or one exchanged."""
-    layers = sorted(space.layers)
-    if not step.skip:
+def _set(step: Step, way: Way, layer: str, out: bool) -> Step:
+    """The step with a layer left out in this way, or not in this way."""
+    now = {*getattr(step, way)}
+    return leaving(step, way, now | {layer} if out else now - {layer})
+
+
+def _way(ways: tuple[Way, ...], rng: random.Random) -> Way:
+    return ways[0] if len(ways) == 1 else rng.choice(ways)  # where there is no choice no chance is spent
+
+
+def _layers_mutated(step: Step, way: Way, space: Space, config: Rates, rng: random.Random) -> Step:
+    """A fresh set for a step that leaves nothing out in this way (AutoDiffusion, Sec. 3.3), else one layer more, one fewer, or
+    one exchanged. What was left out in the other way changes sides."""
+    layers, out = sorted(space.layers), getattr(step, way)
+    if not out:
         most = max(1, round(config.skipped * len(layers)))
-        return step.model_copy(update={"skip": tuple(sorted(rng.sample(layers, rng.randint(1, most))))})
+        return leaving(step, way, rng.sample(layers, rng.randint(1, most)))
     one = Genome((step,))
     kind = rng.choice(("more", "fewer", "exchange"))
     if kind != "more":
-        one = toggled(one, 0, rng.choice(step.skip))
-    if kind != "fewer" and (unused := [a for a in layers if a not in step.skip]):
-        one = toggled(one, 0, rng.choice(unused))
+        one = toggled(one, 0, rng.choice(out), way)
+    if kind != "fewer" and (unused := [a for a in layers if a not in out]):
+        one = toggled(one, 0, rng.choice(unused), way)
     return one.steps[0]

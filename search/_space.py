@@ -1,17 +1,24 @@
-"""What a search varies: K timesteps as a set, layers that a step leaves out, and cuts of the model, under budgets."""
+"""What a search varies: K timesteps as a set, layers that a step leaves out, and cuts of the model, under budgets.
+
+A step leaves a layer out by skipping it or by reusing what it did before (`Step`): one gene of each step and layer, with up to
+three states.
+"""
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..core.candidate import Candidate, Cut, SamplingPlan, Scheduler, Step
+
+Way = Literal["skip", "reuse"]  # how a step leaves a layer out: the fields of Step
 
 
 @dataclass(frozen=True)
 class Genome:
     """A candidate as methods vary it."""
 
-    steps: tuple[Step, ...]  # by descending timestep; a timestep and its skips always travel together
+    steps: tuple[Step, ...]  # by descending timestep; a timestep and what it leaves out always travel together
     shape: tuple[int, ...] = ()  # of every site of the space, which option is chosen; 0: the site is left whole
 
     @property
@@ -48,10 +55,11 @@ class Space:
     high: float
     whole: bool  # timesteps are integers (else fractions of 1/1000 of the range)
     prices: Mapping[str, Price]  # by name: macs, latency, params
-    layers: tuple[str, ...] = ()  # that a step may skip, none inside another
+    layers: tuple[str, ...] = ()  # that a step may leave out, none inside another
     sites: tuple[tuple[Choice, ...], ...] = ()  # of the model, each whole or cut in one of several ways
     budget: Mapping[str, float] = field(default_factory=dict)  # at most this share of the uncut K-step run
     evaluations: tuple[int, ...] = ()  # denoiser evaluations of each step; one where nothing is given
+    ways: tuple[Way, ...] = ("skip",)  # how a step may leave them out
 
     @property
     def grid(self) -> float:
@@ -70,14 +78,14 @@ class Space:
         return self.snap(rng.uniform(self.low, self.high))
 
     def random_times(self, rng: random.Random) -> Genome:
-        """K distinct timesteps, uniformly; nothing skipped, nothing cut."""
+        """K distinct timesteps, uniformly; nothing left out, nothing cut."""
         return self.repair([Step(timestep=self.draw(rng))], (), rng)
 
     def repair(self, genes: Sequence[Step], shape: Sequence[int], rng: random.Random) -> Genome:
         """Exactly K distinct valid timesteps, sorted; surplus genes leave at random, missing ones are drawn.
 
         A noise level of its own (a step of the stock schedule has one) stays behind: it belongs to its old neighbours. Of two
-        choices that exclude each other the one of the earlier site stays, and what is cut cannot be skipped.
+        choices that exclude each other the one of the earlier site stays, and what is cut cannot be left out.
         """
         kept: dict[float, Step] = {}
         for gene in genes:
@@ -91,7 +99,9 @@ class Space:
         return self.consistent(Genome(tuple(kept[t] for t in sorted(kept, reverse=True)), tuple(shape)))
 
     def consistent(self, genome: Genome) -> Genome:
-        """The genome without choices that earlier ones exclude, and without skips of layers that are cut."""
+        """The genome without choices that earlier ones exclude; what is cut is not left out of a step, and what no earlier step
+        executed is executed where it was to be reused.
+        """
         lost: set[str] = set()
         shape = []
         for site, pick in zip(self.sites, genome.shape or (0,) * len(self.sites), strict=True):
@@ -99,18 +109,20 @@ class Space:
             fits = not any(_within(a, b) or _within(b, a) for a in gone for b in lost)
             shape.append(pick if fits else 0)
             lost |= gone if fits else set()
-        if not lost:
-            return Genome(genome.steps, tuple(shape))
-        kept = [tuple(a for a in step.skip if not any(_within(a, b) for b in lost)) for step in genome.steps]
-        return Genome(
-            tuple(s.model_copy(update={"skip": skip}) for s, skip in zip(genome.steps, kept, strict=True)), tuple(shape)
-        )
+        steps = genome.steps
+        if lost:
+            steps = tuple(_without(step, {a for a in step.left_out if any(_within(a, b) for b in lost)}) for step in steps)
+        done: list[Step] = []
+        for step in steps:
+            new = {a for a in step.reuse if not any(earlier.executes(a) for earlier in done)}
+            done.append(_without(step, new) if new else step)
+        return Genome(tuple(done), tuple(shape))
 
     def chosen(self, genome: Genome) -> tuple[Choice, ...]:
         return tuple(site[pick - 1] for site, pick in zip(self.sites, genome.shape, strict=True) if pick)
 
     def left(self, genome: Genome) -> tuple[str, ...]:
-        """The layers that no cut has taken: a step may skip these."""
+        """The layers that no cut has taken: a step may leave these out."""
         lost = [a for choice in self.chosen(genome) for a in choice.lost]
         return tuple(a for a in self.layers if not any(_within(a, b) for b in lost))
 
@@ -118,13 +130,13 @@ class Space:
         """Of all steps, per image."""
         price, chosen = self.prices[name], self.chosen(genome)
         one = price.whole - sum(price.choices[choice.name] for choice in chosen)
-        # Of a layer that has lost a part, skipping saves what is left of it.
+        # Of a layer that has lost a part, leaving it out saves what is left of it.
         gone: dict[str, float] = {}
         for choice in chosen:
             for a in {a for a in self.layers if all(_within(b, a) for b in choice.lost)}:
                 gone[a] = gone.get(a, 0.0) + price.choices[choice.name]
         return price.beside + sum(
-            count * (one - sum(price.layers.get(a, 0.0) - gone.get(a, 0.0) for a in step.skip))
+            count * (one - sum(price.layers.get(a, 0.0) - gone.get(a, 0.0) for a in step.left_out))
             for count, step in zip(self._counts, genome.steps, strict=True)
         )
 
@@ -147,8 +159,8 @@ class Space:
         return {name: excess for name, excess in over.items() if excess > 1e-9}
 
     def cheapest(self, name: str) -> Genome:
-        """The candidate that skips every layer and cuts what saves most of a cost, of options that exclude each other the larger
-        first. Its timesteps mean nothing."""
+        """The candidate that leaves out every layer and cuts what saves most of a cost, of options that exclude each other the
+        larger first. Its timesteps mean nothing."""
         price, shape, lost = self.prices[name], [0] * len(self.sites), set[str]()
         options = [
             (price.choices[choice.name], k, pick) for k, site in enumerate(self.sites) for pick, choice in enumerate(site, 1)
@@ -159,11 +171,13 @@ class Space:
                 shape[k] = pick
                 lost |= gone
         times = [self.snap(self.high - i * self.grid) for i in range(self.steps)]
-        return self.consistent(Genome(tuple(Step(timestep=t, skip=self.layers) for t in times), tuple(shape)))
+        out = {way: self.layers for way in self.ways[:1]}  # what a first step cannot reuse is executed there
+        return self.consistent(Genome(tuple(Step.model_validate({"timestep": t, **out}) for t in times), tuple(shape)))
 
     def fill(self, genome: Genome, rng: random.Random) -> Genome:
-        """Skip further layers and make further cuts, drawn at random among those that save something of a budget that does not
-        hold yet, until every budget holds. Where earlier choices exclude what would, the cuts that save most take their place."""
+        """Leave out further layers and make further cuts, drawn at random among those that save something of a budget that does
+        not hold yet, until every budget holds. Where earlier choices exclude what would, the cuts that save most replace them.
+        """
         last = False
         while broken := self.broken(genome):
             ways = self._ways(genome, broken)
@@ -174,25 +188,28 @@ class Space:
             if not ways:
                 return genome
             rng.shuffle(ways)
-            skips = [set(step.skip) for step in genome.steps]
-            for i, what in ways:  # skips, until a budget holds or a cut's turn has come: the ways are others then
+            steps = [*genome.steps]
+            for i, what in ways:  # layers, until a budget holds or a cut's turn has come: the ways are others then
                 if isinstance(what, int):
-                    genome = self.recut(_skipping(genome, skips), i, what)
+                    genome = self.recut(Genome(tuple(steps), genome.shape), i, what)
                     break
-                skips[i].add(what)
+                way, layer = what
+                if layer in steps[i].left_out:  # by now, in the other way
+                    continue
+                steps[i] = leaving(steps[i], way, {*getattr(steps[i], way), layer})
                 saved = self._counts[i] / sum(self._counts)
                 broken = {
-                    n: more - saved * self.prices[n].layers.get(what, 0.0) / self.prices[n].whole for n, more in broken.items()
+                    n: more - saved * self.prices[n].layers.get(layer, 0.0) / self.prices[n].whole for n, more in broken.items()
                 }
                 if min(broken.values()) <= 1e-9:
-                    genome = _skipping(genome, skips)
+                    genome = self.consistent(Genome(tuple(steps), genome.shape))
                     break
             else:
-                genome = _skipping(genome, skips)
+                genome = self.consistent(Genome(tuple(steps), genome.shape))
         return genome
 
     def recut(self, genome: Genome, site: int, pick: int) -> Genome:
-        """The genome with another option at one site; skips of layers that are cut then go."""
+        """The genome with another option at one site; layers that are cut then are not left out any more."""
         shape = [*genome.shape]
         shape[site] = pick
         return self.consistent(Genome(genome.steps, tuple(shape)))
@@ -216,13 +233,16 @@ class Space:
     def _counts(self) -> tuple[int, ...]:
         return self.evaluations or (1,) * self.steps
 
-    def _ways(self, genome: Genome, names: Iterable[str]) -> list[tuple[int, str | int]]:
-        """All that saves some of these costs: (step, layer to skip) and (site, option that saves more than the present one)."""
+    def _ways(self, genome: Genome, names: Iterable[str]) -> list[tuple[int, tuple[Way, str] | int]]:
+        """All that saves some of these costs: (step, layer to leave out and how) and (site, option that saves more than the
+        present one)."""
         layers = [a for a in self.left(genome) if any(self.prices[name].layers.get(a, 0) > 0 for name in names)]
-        ways: list[tuple[int, str | int]] = []
+        ways: list[tuple[int, tuple[Way, str] | int]] = []
         for i, step in enumerate(genome.steps):
-            skipped = set(step.skip)
-            ways += [(i, a) for a in layers if a not in skipped]
+            out = set(step.left_out)
+            for way in self.ways:
+                able = (a for a in layers if a not in out)
+                ways += [(i, (way, a)) for a in able if way == "skip" or any(s.executes(a) for s in genome.steps[:i])]
         for k, site in enumerate(self.sites):
             others = (
                 other[pick - 1].lost
@@ -248,17 +268,24 @@ class Space:
         return any(more(name) > 0 for name in names) and all(more(name) >= 0 for name in self.budget)
 
 
-def toggled(genome: Genome, i: int, address: str) -> Genome:
-    """The genome with one layer of step i skipped if it was not, executed if it was skipped."""
-    skip = set(genome.steps[i].skip) ^ {address}
-    step = genome.steps[i].model_copy(update={"skip": tuple(sorted(skip))})
+def toggled(genome: Genome, i: int, address: str, way: Way = "skip") -> Genome:
+    """The genome with one layer of step i skipped (or reused) if it was not, executed if it was."""
+    step = leaving(genome.steps[i], way, {*getattr(genome.steps[i], way)} ^ {address})
     return Genome((*genome.steps[:i], step, *genome.steps[i + 1 :]), genome.shape)
 
 
-def _skipping(genome: Genome, skips: Sequence[set[str]]) -> Genome:
-    """The genome with these skips."""
-    steps = (s.model_copy(update={"skip": tuple(sorted(skip))}) for s, skip in zip(genome.steps, skips, strict=True))
-    return Genome(tuple(steps), genome.shape)
+def leaving(step: Step, way: Way, addresses: Collection[str]) -> Step:
+    """The step with these layers left out in one way; in the other way none of them is."""
+    other: Way = "reuse" if way == "skip" else "skip"
+    rest = tuple(a for a in getattr(step, other) if a not in addresses)
+    return step.model_copy(update={way: tuple(sorted(addresses)), other: rest})
+
+
+def _without(step: Step, addresses: Collection[str]) -> Step:
+    """The step with these layers executed."""
+    return step.model_copy(
+        update={way: tuple(a for a in getattr(step, way) if a not in addresses) for way in ("skip", "reuse")}
+    )
 
 
 def _within(address: str, other: str) -> bool:

@@ -1,12 +1,13 @@
-"""Genomes as points of a box, for samplers that know nothing of sets: K gaps, patterns of skips, options of the sites.
+"""Genomes as points of a box, for samplers that know nothing of sets: K gaps, patterns of layers left out, options of sites.
 
 A gap is a number from 0 to 1. Going down from the highest timestep, gap i says which share of the range still open the next
 timestep keeps below it: with n timesteps to place, the share is gap ** (1 / n). Order and distinctness are built in, every
 vector decodes to K valid timesteps, and uniform vectors decode to uniform sets (the largest of n uniform numbers is distributed
 as U ** (1 / n)): no part of the box is crowded. Of K whole timesteps each keeps room below it for those that follow.
 
-What a layer does is one of four patterns: run, off in the first half of the steps, off in the second half, off in all. A genome
-with other skips is encoded as the nearest one.
+What a layer does is one of four patterns: run, off in the first half of the steps, off in the second half, off in all. Where
+layers may be reused too, that is a further state of each half; what nothing was kept of yet, as in the first step, is run.
+A genome that does otherwise is encoded as the nearest one.
 """
 
 import itertools
@@ -17,11 +18,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..core.candidate import Step
-from ._space import Genome, Space
+from ._space import Genome, Space, Way
 
 VISIBLE = 40  # parameters, if it can be: samplers learn little of more
 LAYERS = 10  # of them for layers at least, however many timesteps and sites there are
 Point = dict[str, float | int]
+Pattern = tuple[Way | None, ...]  # what a layer does in every step: None where it runs
 
 
 def times_of(space: Space, gaps: Sequence[float]) -> list[float]:
@@ -81,28 +83,27 @@ class Layout:
         return patterns | {f"site {i}": 1 + len(site) for i, site in enumerate(self.space.sites)}
 
     def decode(self, point: Point) -> Genome:
-        off: list[list[str]] = [[] for _ in range(self.space.steps)]
+        off: list[dict[Way, list[str]]] = [{"skip": [], "reuse": []} for _ in range(self.space.steps)]
         for i, group in enumerate(self.groups):
-            for step in self._patterns[int(point[f"layers {i}"])]:
-                off[step] += group
+            for step, way in enumerate(self._patterns[int(point[f"layers {i}"])]):
+                if way:
+                    off[step][way] += group
         times = times_of(self.space, [point[name] for name in self.gaps])
         shape = tuple(int(point[f"site {i}"]) for i in range(len(self.space.sites)))
-        steps = (Step(timestep=t, skip=tuple(skip)) for t, skip in zip(times, off, strict=True))
+        steps = (Step(timestep=t, skip=tuple(o["skip"]), reuse=tuple(o["reuse"])) for t, o in zip(times, off, strict=True))
         return self.space.consistent(Genome(tuple(steps), shape))
 
     def encode(self, genome: Genome) -> Point:
-        """The point of a genome. Of a half, a layer or group is off where most of it is."""
+        """The point of a genome: of every layer or group the pattern nearest to what it does, of equals the first."""
         point: Point = dict(zip(self.gaps, gaps_of(self.space, genome.times), strict=True))
         left = set(self.space.left(genome))
         for i, group in enumerate(self.groups):
             able = [a for a in group if a in left]
-            off = [
-                step
-                for half in self._halves
-                for step in half
-                if 2 * sum(a in genome.steps[s].skip for s in half for a in able) > len(half) * len(able)
+            does = [[_does(step, a) for a in able] for step in genome.steps]
+            far = [
+                sum(way != own for way, here in zip(pattern, does, strict=True) for own in here) for pattern in self._patterns
             ]
-            point[f"layers {i}"] = self._patterns.index(tuple(off))
+            point[f"layers {i}"] = far.index(min(far))
         return point | {f"site {i}": pick for i, pick in enumerate(genome.shape)}
 
     def uniform(self, rng: random.Random) -> Point:
@@ -138,11 +139,12 @@ class Layout:
 
     def _further(self, point: Point) -> list[tuple[str, int]]:
         """Every value of one parameter that leaves out more than it does now."""
+        out = [{step for step, way in enumerate(pattern) if way} for pattern in self._patterns]
         found = [
             (f"layers {i}", value)
             for i in range(len(self.groups))
-            for value, pattern in enumerate(self._patterns)
-            if set(pattern) > set(self._patterns[int(point[f"layers {i}"])])
+            for value in range(len(out))
+            if out[value] > out[int(point[f"layers {i}"])]
         ]
         sites = [(f"site {i}", value) for i, site in enumerate(self.space.sites) for value in range(1, len(site) + 1)]
         return found + [(name, value) for name, value in sites if value != point[name]]
@@ -155,7 +157,18 @@ class Layout:
         return [half for half in halves if half]
 
     @cached_property
-    def _patterns(self) -> list[tuple[int, ...]]:
-        """The steps in which a layer is off: none, those of one half, all."""
-        picks = itertools.product((False, True), repeat=len(self._halves))
-        return [tuple(s for half, off in zip(self._halves, pick, strict=True) if off for s in half) for pick in picks]
+    def _patterns(self) -> list[Pattern]:
+        """What a layer may do: the first is to run in all steps."""
+        states: tuple[Way | None, ...] = (None, *self.space.ways)
+        found: dict[Pattern, None] = {}
+        for pick in itertools.product(states, repeat=len(self._halves)):
+            pattern: list[Way | None] = []
+            for half, way in zip(self._halves, pick, strict=True):
+                for _ in half:
+                    pattern.append(None if way == "reuse" and None not in pattern else way)
+            found[tuple(pattern)] = None  # of few steps, some are the same
+        return list(found)
+
+
+def _does(step: Step, address: str) -> Way | None:
+    return "skip" if address in step.skip else "reuse" if address in step.reuse else None

@@ -11,6 +11,7 @@ What differs from the authors' released loop, and why (numbers in docs/methods.m
 - Some mutations of stage 2 switch one layer in all steps: one that a step can do without, the others often can too.
 - Skip mutation really changes the skips, and the budget, in MACs instead of a count of layers, holds after every operator.
 - Where cuts of the model are searched too (not in the paper), stage 2 varies them: another option at one site.
+- Where layers may be reused (not in the paper), a step skips one, reuses it or runs it; stage 2 varies which.
 """
 
 import random
@@ -27,7 +28,7 @@ from ._space import Genome, Space
 from ._task import Fresh, Task
 
 several = False
-varies = frozenset({"timesteps", "skips", "cuts"})
+varies = frozenset({"timesteps", "skips", "reuse", "cuts"})
 
 
 class Config(BaseModel):

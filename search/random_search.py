@@ -16,7 +16,7 @@ from ._operators import tightened
 from ._task import Fresh, Task
 
 several = True
-varies = frozenset({"timesteps", "skips", "cuts"})
+varies = frozenset({"timesteps", "skips", "reuse", "cuts"})
 
 
 class Config(BaseModel):

@@ -44,13 +44,16 @@ def default_pick(members: Sequence[Trial], objectives: Sequence[str], fixed: Tri
 
 
 def parts(winner: Candidate) -> dict[str, Candidate]:
-    """How the winner comes about: its timesteps alone, then its skips too, then its cuts; without parts that it has not."""
+    """How the winner comes about: its timesteps alone, then its skips too, then its reuse, then its cuts; without parts that it
+    has not."""
     plan = winner.plan
     assert plan is not None
-    bare = plan.model_copy(update={"steps": tuple(step.model_copy(update={"skip": ()}) for step in plan.steps)})
+    bare, skipping = plan.executing("skip", "reuse"), plan.executing("reuse")
     found = {"timesteps": Candidate(plan=bare)}
-    if bare != plan:
-        found["skips"] = Candidate(plan=plan)
+    if skipping != bare:
+        found["skips"] = Candidate(plan=skipping)
+    if skipping != plan:
+        found["reuse"] = Candidate(plan=plan)
     if winner.cuts:
         found["cuts"] = winner
     return found

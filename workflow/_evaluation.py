@@ -180,7 +180,7 @@ def _base_ref(asked: Asked, subject: Subject, plan: SamplingPlan | None, pruned_
     if "base" not in needs and asked.base is not None:
         raise UserError("--base: no metric that was asked for compares with it; add fidelity to --metrics.")
     uncut = asked.base or pruned_from
-    if "base" in needs and uncut is None and not any(step.skip for step in (plan.steps if plan else ())):
+    if "base" in needs and uncut is None and not any(step.left_out for step in (plan.steps if plan else ())):
         raise UserError(f"fidelity: {subject.model.ref} is the uncut model itself. Say with --base MODEL what to compare with.")
     return uncut or asked.ref
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.candidate import Cut, SamplingPlan, Seeds, Step, canonical
+from ..core.candidate import Cut, SamplingPlan, Seeds, canonical
 from ..core.conditions import Conditions
 from ..core.errors import UserError
 from ..core.measurement import Measurement
@@ -76,7 +76,7 @@ class Evaluator:
     ) -> Score:
         """Make the images of a seed block and measure them.
 
-        plan None: the pipeline's stock run with `steps`. cuts: the model is cut for the time being; the plan's skips are named
+        plan None: the pipeline's stock run with `steps`. cuts: the model is cut for the time being; the plan's layers are named
         as in the whole one. sheet: where to write a contact sheet of the first images.
         """
         began, calls, served = time.monotonic(), self.sampler.calls, self.sampler.served
@@ -104,9 +104,9 @@ class Evaluator:
 def trimmed(
     model: Model, sampler: "Sampler", plan: SamplingPlan | None, cuts: tuple[Cut, ...]
 ) -> Iterator[SamplingPlan | None]:
-    """Inside, the model is cut and the sampler's memo knows it; gives the plan with its skips named as in the cut model.
+    """Inside, the model is cut and the sampler's memo knows it; gives the plan with its layers named as in the cut model.
 
-    Layers to skip that are gone are left out. Raises CannotCut for cuts that do not fit.
+    Layers to skip or reuse that are gone are left out. Raises CannotCut for cuts that do not fit.
     """
     if not cuts:
         yield plan
@@ -114,17 +114,13 @@ def trimmed(
     from ..core import surgery
 
     whole = sampler.fingerprint
-    skipped = {address for step in plan.steps for address in step.skip} if plan else set()
-    with surgery.applied(model.denoiser, cuts, following=skipped) as names:
+    named = {address for step in plan.steps for address in step.left_out} if plan else set()
+    with surgery.applied(model.denoiser, cuts, following=named) as names:
         sampler.fingerprint = canonical([whole, [cut.plain() for cut in cuts]])
         try:
-            yield plan and plan.model_copy(update={"steps": tuple(_renamed(step, names) for step in plan.steps)})
+            yield plan and plan.renamed(names.get)
         finally:
             sampler.fingerprint = whole
-
-
-def _renamed(step: Step, names: Mapping[str, str]) -> Step:
-    return step.model_copy(update={"skip": tuple(sorted(names[a] for a in step.skip if a in names))})
 
 
 def draw_sheet(sampler: "Sampler", plan: SamplingPlan | None, seeds: Seeds, path: Path, steps: int | None = None) -> None:

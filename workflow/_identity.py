@@ -14,9 +14,10 @@ def said(plan: SamplingPlan | None, steps: int | None) -> str:
     """How the images are made, in words."""
     if plan is None:
         return f"stock schedule of {steps} steps" if steps else "the pipeline's default schedule"
-    skips = sum(len(s.skip) for s in plan.steps)
+    skips, reused = (sum(len(getattr(s, way)) for s in plan.steps) for way in ("skip", "reuse"))
     times = ", ".join(f"{t:g}" for t in plan.timesteps)
-    return f"a plan of {len(plan.steps)} steps ({times}){f', {skips} layers skipped' if skips else ''}"
+    left_out = f"{f', {skips} layers skipped' if skips else ''}{f', {reused} layers reused' if reused else ''}"
+    return f"a plan of {len(plan.steps)} steps ({times}){left_out}"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Who:
 
 @dataclass(frozen=True)
 class Base:
-    """How the uncut model paints: the same timesteps, no layer skipped."""
+    """How the uncut model paints: the same timesteps, no layer left out."""
 
     who: dict[str, Any]
     plan: SamplingPlan | None
@@ -63,7 +64,7 @@ class Base:
         from ..core import driving
 
         if plan is not None:
-            plan = plan.model_copy(update={"steps": tuple(s.model_copy(update={"skip": ()}) for s in plan.steps)})
+            plan = plan.executing("skip", "reuse")
         plan = (uncut.model.plan if own and steps is None else None) or plan
         if plan is not None:
             driving.check(uncut.model.pipe, plan)

@@ -80,7 +80,7 @@ def warm(stage: SearchStage, context: Context, space: "Space", folder: Path) -> 
     Kept in `folder`: a search that goes on opens as it did, whatever has become of the other one.
 
     AutoDiffusion (arXiv 2309.10438) reports that found timesteps serve other models too. Here times are taken as shares of the
-    training schedule, another number of steps is read off the line through them, and layers that this model has not are not skipped.
+    training schedule, another number of steps is read off the line through them, and layers that this model has not do not count.
     """
     if stage.warm_start is None:
         return []
@@ -118,8 +118,8 @@ def _cost(report: SearchReport, value: float | None) -> float:
 def fitted(plan: SamplingPlan, space: "Space") -> "Genome":
     """A plan of another model or number of steps as a genome of this space.
 
-    Step i of K stands where i stands among the plan's own steps; its skips are those of the nearest one, as far as this model
-    has the layers.
+    Step i of K stands where i stands among the plan's own steps; it skips and reuses what the nearest one does, as far as this
+    model has the layers and the space the way.
     """
     old, k = plan.steps, space.steps
     top = float(plan.scheduler.config.get("num_train_timesteps", 1000))
@@ -130,8 +130,8 @@ def fitted(plan: SamplingPlan, space: "Space") -> "Genome":
         low, part = int(at), at - int(at)
         high = min(low + 1, len(old) - 1)
         t = (1 - part) * old[low].timestep + part * old[high].timestep
-        skips = old[round(at)].skip
-        genes.append(Step(timestep=t * own / top, skip=tuple(a for a in skips if a in space.layers)))
+        out = {way: tuple(a for a in getattr(old[round(at)], way) if a in space.layers) for way in space.ways}
+        genes.append(Step.model_validate({"timestep": t * own / top, **out}))
     rng = random.Random(hashlib.sha256(plan.canonical().encode()).hexdigest())  # moves apart what has come together
     return space.fill(space.repair(genes, (0,) * len(space.sites), rng), rng)
 

@@ -89,7 +89,7 @@ def plans_of(subject: Subject, stage: SearchStage, folder: Path | None = None) -
     with subject.asking():
         costs = cost.measure(pipe, {**subject.conditions.arguments(range(1)), **subject.call})
     layers: dict[str, int] = {}
-    if "skips" in stage.space:
+    if stage.ways:
         found = [layer.address for layer in anatomy.layers(subject.model.denoiser) if layer.kind in SKIPPABLE]
         outermost = [a for a in found if not any(a.startswith(b + ".") for b in found)]
         layers = {a: costs.layers[a] for a in outermost if costs.layers.get(a)}
@@ -106,6 +106,7 @@ def plans_of(subject: Subject, stage: SearchStage, folder: Path | None = None) -
         sites=sites(stage, weigh.gauge, subject.model.ref) if stage.cutting else (),
         budget={str(name): most for name, most in stage.budget.items()},
         evaluations=evaluations(next(iter(fixed.values()))),
+        ways=stage.ways,
     )
     wanted = {*stage.budget, *stage.objective}
     prices = {"macs": _macs(costs, layers, bare, weigh)}
@@ -159,7 +160,7 @@ def _reachable(space: "Space", stage: SearchStage) -> None:
         if least > most:
             cut = [choice.name for choice in space.chosen(cheapest)]
             how = " and ".join(
-                [f"skips all {len(space.layers)} layers that can be skipped in every step"] * bool(space.layers)
+                [_all_of(space)] * bool(space.layers)
                 + [f"makes {len(cut)} cuts ({', '.join(cut[:3])}{', …' if len(cut) > 3 else ''})"] * bool(cut)
             )
             more = "" if stage.cutting and space.layers else " or let the search leave more out (--space timesteps,skips,cuts)"
@@ -168,6 +169,12 @@ def _reachable(space: "Space", stage: SearchStage) -> None:
                 f"{f', which {how},' if how else ', with nothing to leave out,'} still costs {least:.3f}. "
                 f"Raise the budget, lower --steps{more}."
             )
+
+
+def _all_of(space: "Space") -> str:
+    if "skip" in space.ways:
+        return f"skips all {len(space.layers)} layers that can be skipped in every step"
+    return f"reuses all {len(space.layers)} layers that can be reused in every step but the first"
 
 
 def _together(space: "Space") -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..core import artifact, export
 from ..core.artifact import Ancestor, Artifact, Manifest
-from ..core.candidate import Cut, SamplingPlan, Step
+from ..core.candidate import Cut, SamplingPlan
 from ..core.errors import MissingOffline, one_line
 from ..core.files import write_text
 from ..core.models import Model
@@ -97,13 +97,8 @@ def finish(folder: Path, report: PruneReport, made: Made, stage: str) -> Artifac
 
 
 def moved_plan(plan: SamplingPlan, names: dict[str, str | None]) -> SamplingPlan:
-    """A plan of the parent on the smaller model: layers to skip under their new names, those that are gone left out."""
-
-    def skips(step: Step) -> tuple[str, ...]:
-        return tuple(sorted(new for a in step.skip if (new := artifact.renamed(a, names)) is not None))
-
-    steps = tuple(step.model_copy(update={"skip": skips(step)}) for step in plan.steps)
-    return plan.model_copy(update={"steps": steps})
+    """A plan of the parent on the smaller model: layers to skip or reuse under their new names, without those that are gone."""
+    return plan.renamed(lambda address: artifact.renamed(address, names))
 
 
 def license_of(folder: Path) -> dict[str, str]:

@@ -78,6 +78,6 @@ def say(found: dict[str, Any]) -> str:
     cuts = f", {found['cut_sites']} places to cut" if found["cut_sites"] else ""
     return (
         f"{found['stage']} on {found['model']}, {found['steps']} steps, {found['trials']} candidates, "
-        f"{found['skippable_layers']} skippable layers{cuts}: at most {found['images']:,} images and {found['denoiser_calls']:,} "
+        f"{found['skippable_layers']} layers that a step may leave out{cuts}: at most {found['images']:,} images and {found['denoiser_calls']:,} "
         f"denoiser calls, without shared prefixes about {found['seconds'] / 60:.1f} minutes here"
     )

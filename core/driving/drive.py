@@ -9,6 +9,7 @@ import torch
 from ..candidate import SamplingPlan
 from .memo import Memo, Remember
 from .refusals import check, check_watched
+from .reuse import reuse
 from .run import Run
 from .schedulers import follower, watching
 from .skip import skip
@@ -34,8 +35,8 @@ def follow(pipe: Any, plan: SamplingPlan, *, memo: Memo | None = None, context: 
     """
     check(pipe, plan)
     first: list[Interceptor] = [Remember(memo, context)] if memo is not None else []
-    # The order is fixed: memo > (feature reuse, another model, checkpointing) > skip.
-    with drive(pipe, Run(plan), [*first, counted, skip]) as run:
+    # The order is fixed: memo > reuse > (another model, checkpointing) > skip.
+    with drive(pipe, Run(plan), [*first, counted, reuse, skip]) as run:
         yield run
     run.verify()
 
@@ -70,6 +71,7 @@ def drive(pipe: Any, run: Run, interceptors: Sequence[Interceptor]) -> Iterator[
     finally:
         pipe.__dict__["scheduler"] = original
         pipe.__dict__.pop("get_timesteps", None)
+        run.features = {}  # the run may be looked at for longer
 
 
 def _whole_plan(scheduler: Any) -> tuple[torch.Tensor, int]:

@@ -111,17 +111,19 @@ class Remember:
         self.memo, self.context = memo, context
 
     def __call__(self, call: Call, following: Next) -> Any:
-        # Gradients need the graph of the call itself; a feature cache makes a call depend on the calls before it.
+        # Gradients need the graph of the call itself; a model's own cache makes a call depend on calls that nobody sees.
         if torch.is_grad_enabled() or getattr(call.module, "is_cache_enabled", False):
             return following(call)
         key, inputs = self._key(call), (call.args, call.kwargs)
         memory_key, memo = (weakref.ref(call.module), *key), self.memo
-        output = memo.get(memory_key, inputs)
+        # A later step reuses layers of this call: they have to be executed. What they give is as good an answer for others.
+        needed = bool(call.run.kept)
+        output = None if needed else memo.get(memory_key, inputs)
         if output is not None:
             call.run.served += 1
             return output
         name = memo.files.name(key, inputs, call.module) if memo.files else None
-        output = memo.files.get(name, _device(inputs)) if memo.files and name else None
+        output = memo.files.get(name, _device(inputs)) if memo.files and name and not needed else None
         if output is not None:
             call.run.served += 1
             memo.put(memory_key, inputs, output)

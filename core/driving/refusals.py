@@ -7,8 +7,8 @@ from typing import Any
 import diffusers
 import numpy as np
 
-from ..anatomy import layers
-from ..candidate import SamplingPlan
+from ..anatomy import layers, stages
+from ..candidate import SamplingPlan, Step
 from ..methods import suggest
 from .run import CannotFollow
 from .schedulers import KINDS, WHOLE, build, kind_of, misfit, noise_levels
@@ -68,11 +68,12 @@ UNDRIVABLE = {
 
 
 def check(pipe: Any, plan: SamplingPlan) -> None:
-    """Raise CannotFollow if `plan` cannot be followed with `pipe`: pipeline, scheduler, times, noise levels, skipped layers."""
+    """Raise CannotFollow if `plan` cannot be followed with `pipe`: pipeline, scheduler, times, noise levels, layers."""
     check_pipeline(pipe)
     check_scheduler(pipe, plan)
     check_times(plan)
-    check_skips(pipe, plan)
+    check_layers(pipe, plan)
+    check_reuse(plan.steps)
 
 
 def check_pipeline(pipe: Any) -> None:
@@ -173,15 +174,28 @@ def check_times(plan: SamplingPlan) -> None:
         raise CannotFollow(f"the plan's noise levels must strictly descend, stay above 0{bound}, got {levels.tolist()}.")
 
 
-def check_skips(pipe: Any, plan: SamplingPlan) -> None:
-    wanted = sorted({address for step in plan.steps for address in step.skip})
-    if not wanted:
+def check_layers(pipe: Any, plan: SamplingPlan) -> None:
+    skipped = {(address, "skipped") for step in plan.steps for address in step.skip}
+    reused = {(address, "reused") for step in plan.steps for address in step.reuse}
+    if not skipped | reused:
         return
     found = denoisers(pipe)
-    known = {layer.address for module in found.values() for layer in layers(module)}
-    for address in wanted:
-        if address not in known:
-            names = " or ".join(found)
+    able = {"skipped": {layer.address for module in found.values() for layer in layers(module)}}
+    able["reused"] = able["skipped"] | {address for module in found.values() for address in stages(module)}
+    for address, how in sorted(skipped) + sorted(reused):
+        if address not in able[how]:
+            names, known = " or ".join(found), able[how]
             exists = any(find(module, address) is not None for module in found.values())
-            why = f"the layer {address!r} of {names} cannot be skipped" if exists else f"{names} has no layer {address!r}"
-            raise CannotFollow(f"{why}.{suggest(address, known) or f' {len(known)} layers can be skipped.'}")
+            why = f"the layer {address!r} of {names} cannot be {how}" if exists else f"{names} has no layer {address!r}"
+            raise CannotFollow(f"{why}.{suggest(address, known) or f' {len(known)} layers can be {how}.'}")
+
+
+def check_reuse(steps: tuple[Step, ...]) -> None:
+    """Raise CannotFollow for a step that reuses what no earlier one has executed."""
+    for i, step in enumerate(steps):
+        for address in step.reuse:
+            if not any(earlier.executes(address) for earlier in steps[:i]):
+                why = "the first step has nothing to reuse" if not i else "no earlier step executes it"
+                raise CannotFollow(
+                    f"step {i + 1} of the plan reuses {address!r}, but {why}. Take it out of that step's `reuse`, or skip it."
+                )

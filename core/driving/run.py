@@ -36,7 +36,10 @@ class Run:
     times: list[float] = field(default_factory=list)  # timestep of each eval
     where: list[int] = field(default_factory=list)  # index of the planned step of each eval
     short: int | None = None  # planned steps done by an earlier call that ended too soon
+    # What layers did that later steps reuse, since the timesteps were set: by (denoiser, ordinal) and address.
+    features: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
     _prefixes: list[str] = field(default_factory=list)
+    _kept: list[tuple[str, ...]] = field(default_factory=list)
 
     def begin(self, times: list[float]) -> None:
         """The timesteps are set (again): `times` holds one entry per eval, equal neighbours where one timestep is shown twice."""
@@ -46,6 +49,7 @@ class Run:
         self.times, self.where = times, intervals(shown)
         self.evals = self.ordinal = 0
         self.last = None
+        self.features = {}
         self.started += 1
 
     def stepped(self, sample: Tensor) -> None:
@@ -80,6 +84,14 @@ class Run:
                 self._prefixes.append(digest.copy().hexdigest())
         return self._prefixes[self.index]
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Layers executed in the current step that a later one reuses, before they are executed again."""
+        if not self._kept:
+            assert self.plan is not None
+            self._kept = kept(self.plan.steps)
+        return self._kept[self.index]
+
     def verify(self) -> None:
         """Raise CannotFollow if the pipeline was run and left planned steps out."""
         if self.plan is None or not (self.started or self.calls or self.served):
@@ -94,6 +106,21 @@ class Run:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return copy.copy(self)  # own counters; the plan, the last sample and the generators are shared
+
+
+def kept(steps: Sequence[Step]) -> list[tuple[str, ...]]:
+    """Of every step, the layers that it executes and that a later one reuses before any other executes them.
+
+    >>> kept([Step(timestep=9), Step(timestep=5, skip=("a",)), Step(timestep=2, reuse=("a", "b"))])
+    [('a',), ('b',), ()]
+    """
+    found: list[tuple[str, ...]] = []
+    wanted: set[str] = set()
+    for step in reversed(steps):
+        here = {a for a in wanted if step.executes(a)}
+        found.append(tuple(sorted(here)))
+        wanted = wanted - here | set(step.reuse)
+    return found[::-1]
 
 
 def intervals(shown: Sequence[int]) -> list[int]:

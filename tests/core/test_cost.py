@@ -6,12 +6,14 @@ import pytest
 import torch
 from diffusers import PNDMScheduler
 from lissom.core import cost
-from lissom.core.anatomy import layers
+from lissom.core.anatomy import layers, stages
 from lissom.core.candidate import SamplingPlan, Scheduler, Step
 from lissom.core.cost import Costs, measure, plan_macs
 from lissom.core.driving import CannotFollow, Run
 from lissom.core.driving.drive import drive
+from lissom.core.driving.reuse import reuse
 from lissom.core.driving.skip import skip
+from lissom.core.driving.steering import Call, Next
 from lissom.tests.core import tiny
 
 
@@ -62,6 +64,29 @@ def test_skipping_saves_what_is_said(family: str) -> None:
         with drive(pipe, Run(plan), [counter, skip]):
             pipe(**arguments(family), num_inference_steps=1)
         assert costs.total - counter.flops // 2 == costs.layers[layer.address] > 0
+
+
+@pytest.mark.parametrize("family", ["sd", "ddim", "dit", "sd3", "flux"])
+def test_reusing_saves_what_is_said(family: str) -> None:
+    """Count a second step in which the layer, or the block of a U-Net, is reused."""
+    pipe, costs = tiny.shared(family), measure(tiny.shared(family), arguments(family))
+    found = layers(tiny.denoiser(pipe))
+    assert set(costs.stages) == set(stages(tiny.denoiser(pipe)))
+    for address in (*costs.stages, *{(layer.kind, layer.removal): layer.address for layer in found}.values()):
+        counted: list[int] = []
+
+        def count(call: Call, following: Next, counted: list[int] = counted) -> Any:
+            counter = cost._Counter()
+            out = counter(call, following)
+            counted.append(counter.flops // 2)
+            return out
+
+        steps = (Step(timestep=900), Step(timestep=500, reuse=(address,)))
+        plan = SamplingPlan(scheduler=Scheduler.of(pipe.scheduler), steps=steps)
+        with drive(pipe, Run(plan), [count, reuse]):
+            pipe(**arguments(family))
+        assert costs.total - counted[1] == (costs.layers | costs.stages)[address] > 0
+        assert plan_macs(costs, plan) == costs.total + counted[1]
 
 
 def test_plan_counts_nested_skips_once() -> None:

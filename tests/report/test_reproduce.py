@@ -199,6 +199,13 @@ def test_fewer_than_100_lines_with_16_prompts_and_many_skips() -> None:
     compile(text, "reproduce.py", "exec")
     assert 8 <= sum(row["prompt"] in text for row in rows) < 16  # fewer images, so that it stays short
 
+    half = {address: cls for address, cls in kinds.items() if cls != "FeedForward"}  # what a search leaves out
+    steps = (Step(timestep=t, skip=tuple(half)[:2], reuse=tuple(half)[2:]) for t in range(890, 0, -100))
+    both = SamplingPlan(scheduler=plan.scheduler, steps=(Step(timestep=990), *steps))
+    text = reproduce.emit(both, ModelCall("StableDiffusionPipeline", "a/b", tuple(range(16)), rows, {}, half))
+    assert len(text.splitlines()) < 100 and "range(1, 10)" in text and rows[3]["prompt"] in text
+    compile(text, "reproduce.py", "exec")
+
 
 @pytest.mark.parametrize(
     "scheduler",
@@ -356,3 +363,30 @@ def test_refusals(scheduler: Any, changes: dict[str, Any], word: str) -> None:
         plan = plan_of(scheduler, {1: ("mid_block.attentions.0",)})
         reproduce.emit(plan, ModelCall(reference="x", seeds=SEEDS, **given))
     assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("maker", "rows", "scheduler", "layers"),
+    [
+        (stable_diffusion, PROMPTS, None, ("down_blocks.0", "mid_block", "up_blocks.1.attentions.1")),
+        (stable_diffusion, PROMPTS, diffusers.HeunDiscreteScheduler(**BETAS), ("up_blocks.1", "down_blocks.0.resnets.0")),
+        (stable_diffusion, PROMPTS, diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True), ("up_blocks.1.attentions.0",)),
+        (stable_diffusion_3, PROMPTS, None, ("transformer_blocks.0", "transformer_blocks.1.ff")),
+        (dit, ({"class_labels": 3}, {"class_labels": 5}), None, ("transformer_blocks.1", "transformer_blocks.0.attn1")),
+        (unconditional, ({},), None, ("up_blocks.0", "down_blocks.0.attentions.0")),
+    ],
+    ids=["sd", "sd-heun", "sd-plms", "sd3", "dit", "unconditional"],
+)
+def test_reuse(
+    maker: Maker, rows: Any, scheduler: Any, layers: Any, saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, folder = saved(maker)
+    plan = plan_of(scheduler or pipe.scheduler, {3: layers[-1:]})
+    steps = (s.model_copy(update={"reuse": layers}) if i in (1, 2) else s for i, s in enumerate(plan.steps))
+    reusing = plan.model_copy(update={"steps": tuple(steps)})
+    text = reproduce.emit(reusing, call_of(pipe, folder, reusing, rows))
+    assert len(text.splitlines()) < 100
+    want = followed(pipe, reusing, rows)
+    assert largest_difference(run_here(text, tmp_path, monkeypatch), want) < TOLERANCE
+    assert largest_difference(want, followed(pipe, reusing.executing("reuse"), rows)) > 2 * TOLERANCE
+    assert reproduce.stock_call(reusing, type(pipe).__name__) is None

@@ -5,11 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
-from lissom.report import _words, html, markdown, search_parts, search_plots
-from lissom.report.schema import Ratio
+from lissom.report import _words, html, markdown, plots, search_parts, search_plots
+from lissom.report.schema import Gained, Ratio
 from lissom.tests.report.conftest import build as plain_report
 from lissom.tests.report.parsed import tables
 from lissom.tests.report.search_reports import CUTS, one_objective, timing, two_objectives
+from lissom.tests.report.search_reports import LAYERS as EVERY
 
 
 def table_of(text: str, first: str) -> list[list[str]]:
@@ -54,6 +55,32 @@ def test_a_part_is_never_called_better_than_its_interval(ratio: Ratio | None, wo
     assert sentence in search_parts.gained_words(report)
     drawn = search_plots.ratios(report)
     assert drawn is not None and (f">{word}<" in drawn) == (ratio is not None)
+
+
+def test_reuse_stands_beside_skips(tmp_path: Path) -> None:
+    report = one_objective()
+    assert "reuse" not in markdown.render(report) and "skips per step" in text_of(html.render(report, tmp_path))
+    times, skips = report.winner.plan.timesteps, report.winner.plan.steps
+    steps = tuple(s.model_copy(update={"reuse": (EVERY[i],) if i else ()}) for i, s in enumerate(skips))
+    plan = report.winner.plan.model_copy(update={"steps": steps})
+    gained = report.gained[-1]
+    part = Gained(
+        part="reuse", scored=gained.scored.model_copy(update={"plan": plan}), ratio=Ratio(value=1.2, low=1.1, high=1.3)
+    )
+    reusing = one_objective(winner=report.winner.model_copy(update={"plan": plan}), gained=(*report.gained, part))
+    text, page = markdown.render(reusing), html.render(reusing, tmp_path)
+    row = table_of(text, "part")[-1]
+    assert row[0] == "+ reuse" and row[-2].endswith(f"reused 0{' 1' * (len(times) - 1)}")
+    assert table_of(text, "part")[0][-2] == "skips, reuse per step" and "Reuse made FD[zoo:judge] better" in text
+    assert table_of(text, "step")[0][-2:] == ["layers skipped", "layers reused"] and table_of(text, "step")[2][-1] == EVERY[1]
+    for words in ("Layers left out by the searched plan", "hollow: what it did before", "r2 those that are reused", "+ reuse"):
+        assert words in text_of(page)
+    drawn = plots.skipped(reusing)
+    assert (
+        drawn is not None
+        and EVERY[1].rpartition(".")[2] in drawn
+        and plots.schedules(reusing).count(">r1<") + plots.schedules(reusing).count(" r1<") == len(times) - 1
+    )
 
 
 def test_what_a_part_saves_is_said() -> None:

@@ -29,10 +29,12 @@ PRICES = {
 }
 
 
-def space(steps=4, budget=None, layers=LAYERS, sites=SITES, high=999.0, whole=True, prices=PRICES, evaluations=()):
+def space(
+    steps=4, budget=None, layers=LAYERS, sites=SITES, high=999.0, whole=True, prices=PRICES, evaluations=(), ways=("skip",)
+):
     return Space(
         scheduler=Scheduler(name="DDIMScheduler"), steps=steps, low=0.0 if whole else 1.0, high=high, whole=whole,
-        prices=prices, layers=layers, sites=sites, budget=budget or {}, evaluations=evaluations,
+        prices=prices, layers=layers, sites=sites, budget=budget or {}, evaluations=evaluations, ways=ways,
     )  # fmt: skip
 
 
@@ -55,7 +57,8 @@ def quality(request):
     """Smooth: best at the timesteps BEST, and everything that is left out hurts a little."""
     steps = request.candidate.plan.steps
     off = sum(abs(s.timestep - t) for s, t in zip(steps, BEST, strict=False))
-    return 1 + off + 5 * sum(len(s.skip) for s in steps) + 8 * len(request.candidate.cuts)
+    left_out = 5 * sum(len(s.skip) for s in steps) + 2 * sum(len(s.reuse) for s in steps)
+    return 1 + off + left_out + 8 * len(request.candidate.cuts)
 
 
 def answer(request, number, fails=lambda n: False):

@@ -24,7 +24,7 @@ def test_names_its_paper_documents_every_knob_and_says_what_it_can_do(name):
     assert re.match(r"https://", module.Config.paper) and module.__doc__ and module.Config.__doc__
     assert module.Config.model_config["frozen"] and module.Config.model_config["extra"] == "forbid"
     assert set(methods.comments(module)) >= set(module.Config.model_fields)
-    assert isinstance(module.several, bool) and {"timesteps"} <= module.varies <= {"timesteps", "skips", "cuts"}
+    assert isinstance(module.several, bool) and {"timesteps"} <= module.varies <= {"timesteps", "skips", "reuse", "cuts"}
 
 
 @ALL

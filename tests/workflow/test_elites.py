@@ -24,6 +24,18 @@ def numbers(trials: list[Trial]) -> list[int]:
     return [t.number for t in trials]
 
 
+def test_the_winner_in_parts() -> None:
+    whole = plan(900, 400, skip=("a",))
+    last = whole.steps[1].model_copy(update={"reuse": ("b",)})
+    winner = Candidate(plan=whole.model_copy(update={"steps": (whole.steps[0], last)}), cuts=(Cut(address="c", what="remove"),))
+    found = parts(winner)
+    assert list(found) == ["timesteps", "skips", "reuse", "cuts"]
+    assert found["timesteps"].plan == plan(900, 400) and found["skips"].plan == whole and found["reuse"].plan == winner.plan
+    assert found["cuts"] == winner and list(parts(Candidate(plan=whole.executing("skip")))) == ["timesteps"]
+    reusing = winner.plan.executing("skip") if winner.plan else None
+    assert list(parts(Candidate(plan=reusing))) == ["timesteps", "reuse"]
+
+
 def test_of_one_objective_the_best_in_order_and_equal_ones_as_proposed() -> None:
     trials = [trial(0, 3.0), trial(1, 1.0), trial(2, 2.0), trial(3, 1.0), trial(4, None)]
     assert numbers(elites(trials, ("fid",), 3)) == [1, 3, 2]
