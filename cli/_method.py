@@ -71,6 +71,7 @@ def run_one(
     prompts: Path | None,
     call: list[str] | None,
     evaluate: Mapping[str, Any],
+    models: Mapping[str, str] | None = None,
     machine: "Options",
     out: Path | None,
     resume: bool,
@@ -98,6 +99,7 @@ def run_one(
         "prompts": str(prompts.resolve()) if prompts else None,
         "call": o.pairs(call),
         "evaluate": {k: v for k, v in evaluate.items() if v is not None},
+        "models": models,
         "stages": [dict(stage)],
     }
     data = {k: v for k, v in data.items() if v not in (None, {})}

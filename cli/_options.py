@@ -45,6 +45,10 @@ Memo = Annotated[int, typer.Option("--memo", min=0, metavar="MIB", help="Memory 
 MemoDir = Annotated[
     Path | None, typer.Option("--memo-dir", metavar="DIR", help="Folder for such results, shared with other processes.")
 ]
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--models", metavar="NAME=MODEL", help="Another model that may make steps of a plan. Repeatable."),
+]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks.")]
 Reference = Annotated[
@@ -113,6 +117,21 @@ def words(text: str) -> list[str]:
     ['fid', 'clip_score']
     """
     return [w.strip() for w in text.split(",") if w.strip()]
+
+
+def others(texts: list[str] | None) -> dict[str, str] | None:
+    """`NAME=MODEL` options, folders as seen from anywhere; None where there are none.
+
+    >>> others(["small=zoo:fashion"]), others([])
+    ({'small': 'zoo:fashion'}, None)
+    """
+    found = {}
+    for text in texts or []:
+        name, equals, ref = text.partition("=")
+        if not equals or not re.fullmatch(r"\w[\w-]*", name) or not ref:
+            raise typer.BadParameter(f"{text!r}: write a name and a model, e.g. small=runs/small.", param_hint="--models")
+        found[name] = str(Path(ref).resolve()) if Path(ref).is_dir() else ref
+    return found or None
 
 
 def shares(texts: list[str] | None) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def evaluate(
     model: o.Model,
     plan: Plan = None,
     steps: Steps = None,
+    models: o.Models = None,
     metrics: o.Metrics = "fid,clip_score",
     samples: Annotated[int, typer.Option("--samples", min=4, help="Images.")] = 1024,
     reference: References = None,
@@ -77,7 +78,7 @@ def evaluate(
     import json
     import tempfile
 
-    from ..core.artifact import read_plan
+    from ..core.artifact import models_of, read_plan
     from ..core.files import check_target
     from ..workflow import evaluate as work
     from ..workflow._evaluation import Asked, folder_of
@@ -99,7 +100,10 @@ def evaluate(
         "metrics": o.words(metrics),
         "samples": samples,
     }
-    recipe = work.lone(model, seed=seed, prompts=str(prompts) if prompts else None, call=o.pairs(call), evaluate=settings)
+    lent = models_of(plan) | (o.others(models) or {})
+    recipe = work.lone(
+        model, seed=seed, prompts=str(prompts) if prompts else None, call=o.pairs(call), evaluate=settings, models=lent
+    )
     followed = read_plan(plan) if plan else None
     wanted = o.numbers(power, "--power")
     machine = o.options(device, dtype, offload, trust_remote_code, chunk)

@@ -15,6 +15,7 @@ def sample(
     model: o.Model,
     plan: Plan = None,
     steps: Steps = None,
+    models: o.Models = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A text to paint. Repeatable.")] = None,
     images: Annotated[int | None, typer.Option("--images", min=1, help="How many [default: 32, or one per --prompt].")] = None,
     seed: o.Seed = 0,
@@ -37,7 +38,7 @@ def sample(
     """
     import tempfile
 
-    from ..core.artifact import read_plan
+    from ..core.artifact import models_of, read_plan
     from ..core.files import check_target
     from ..workflow import evaluate as work
     from ..workflow.context import Context
@@ -55,7 +56,8 @@ def sample(
         if prompt:
             prompts = Path(scratch) / "prompts.txt"
             prompts.write_text("\n".join(" ".join(p.split()) for p in prompt), encoding="utf-8")
-        recipe = work.lone(model, seed=seed, prompts=str(prompts) if prompts else None, call=o.pairs(call))
+        lent = models_of(plan) | (o.others(models) or {})
+        recipe = work.lone(model, seed=seed, prompts=str(prompts) if prompts else None, call=o.pairs(call), models=lent)
         machine = o.options(device, dtype, offload, trust_remote_code, chunk)
         context = Context(recipe, Path.cwd(), machine, progress)
         if dry_run:

@@ -12,7 +12,10 @@ from ._method import given, helper, run_one, short_name
 def search(
     ctx: typer.Context,
     method: Annotated[
-        str, typer.Argument(metavar="METHOD", help="A file in search/: autodiffusion, bayes, nsga2, cmaes, random_search.")
+        str,
+        typer.Argument(
+            metavar="METHOD", help="A file in search/: autodiffusion, bayes, nsga2, cmaes, t_stitch, random_search."
+        ),
     ],
     model: o.Model,
     steps: Annotated[int, typer.Option("--steps", help="K: solver steps of the plan.")] = 4,
@@ -32,8 +35,9 @@ def search(
         ),
     ] = None,
     space: Annotated[
-        str, typer.Option("--space", help="Comma-separated: timesteps, skips, reuse, cuts, slim.")
+        str, typer.Option("--space", help="Comma-separated: timesteps, skips, reuse, models, cuts, slim.")
     ] = "timesteps,skips",
+    models: o.Models = None,
     pick: Annotated[int | None, typer.Option("--pick", min=1, help="Which member of the front, or elite, is exported.")] = None,
     warm_start: Annotated[
         str | None, typer.Option("--warm-start", metavar="RUN", help="Open with the best plans of another search.")
@@ -93,6 +97,7 @@ def search(
         prompts=prompts,
         call=call,
         evaluate={"reference": reference, "features": features, "metrics": o.words(metrics), "samples": report_samples},
+        models=o.others(models),
         machine=o.options(device, dtype, offload, trust_remote_code, chunk, storage, max_time, memo, memo_dir),
         out=out,
         resume=resume,

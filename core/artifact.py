@@ -26,6 +26,13 @@ class Ancestor(Data):
     names: dict[str, str | None] = Field(default_factory=dict)  # module in that parent -> in the model after it, None: cut
 
 
+class Other(Data):
+    """A model that makes steps of another one's plan."""
+
+    model: str  # pinned reference
+    model_hash: str
+
+
 class Manifest(Data):
     """lissom.json: of a stage's folder, and of a pruned model's."""
 
@@ -41,6 +48,7 @@ class Manifest(Data):
     names: dict[str, str | None] = Field(default_factory=dict)  # module in the parent -> here, None: cut; others kept theirs
     opens: Literal["", "stock", "remote_code"] = ""  # a stock config, or a class that the folder brings along
     license: str = ""
+    models: dict[str, Other] = Field(default_factory=dict)  # that the plan names, by that name
     chain: tuple[Ancestor, ...] = ()  # from the first model to this one's parent, each with its cuts
 
 
@@ -76,7 +84,12 @@ class Artifact:
 
 
 def save(folder: Path, manifest: Manifest, plan: SamplingPlan | None) -> None:
-    """Write plan.json (canonical: no times, no paths), then the manifest, whose presence says that the stage is complete."""
+    """Write plan.json (canonical: no times, no paths), then the manifest, whose presence says that the stage is complete.
+
+    Of the manifest's other models only those that the plan names are kept.
+    """
+    named = {name: other for name, other in manifest.models.items() if plan is not None and name in plan.models}
+    manifest = manifest.model_copy(update={"models": named})
     if plan is not None:
         write_text(folder / PLAN, plan.pretty())
     write_text(folder / MANIFEST, json.dumps(manifest.plain(), sort_keys=True, indent=2) + "\n")
@@ -103,6 +116,12 @@ def made_model(folder: Path) -> Path | None:
     """The folder of the model that a run (or its last finished stage) made, or None."""
     path = finished(folder) / MODEL
     return path if (path / "model_index.json").is_file() else None
+
+
+def models_of(path: Path | None) -> dict[str, str]:
+    """References of the other models that a run's plan names; none for a lone plan.json, which holds no references."""
+    made = manifest(finished(path)) if path is not None and path.is_dir() else None
+    return {name: other.model for name, other in made.models.items()} if made else {}
 
 
 def read_plan(path: Path | str) -> SamplingPlan:

@@ -32,7 +32,7 @@ class Data(BaseModel):
 
 
 class Step(Data):
-    """One solver interval. It may call the denoiser more than once (Heun, PLMS): `skip` and `reuse` hold for all of its calls.
+    """One solver interval. It may call the denoiser more than once (Heun, PLMS): what it says holds for all of its calls.
 
     >>> Step(timestep=999, skip=("b", "a", "a")).canonical()
     '{"skip":["a","b"],"timestep":999}'
@@ -44,6 +44,7 @@ class Step(Data):
     sigma: float | None = None  # noise level after all shifting, for schedulers whose sigma is not a function of the timestep
     skip: tuple[str, ...] = ()  # addresses of layers that are not executed in this step
     reuse: tuple[str, ...] = ()  # nor are these: what they did in the latest step that executed them is done again
+    model: str | None = Field(default=None, pattern=r"^\w[\w-]*$")  # another model makes this step: the name it was lent under
 
     @field_validator("skip", "reuse")
     @classmethod
@@ -54,6 +55,8 @@ class Step(Data):
     def _apart(self) -> Self:
         if both := sorted(set(self.skip) & set(self.reuse)):
             raise ValueError(f"a layer is skipped or reused in a step, not both: {', '.join(both)}")
+        if self.model is not None and self.left_out:
+            raise ValueError(f"a step that another model ({self.model}) makes executes all of it: leave out `skip` and `reuse`")
         return self
 
     @property
@@ -62,8 +65,8 @@ class Step(Data):
         return (*self.skip, *self.reuse)
 
     def executes(self, address: str) -> bool:
-        """Whether this step executes the layer: neither it nor one that it lies in is left out."""
-        return not any(address == a or address.startswith(a + ".") for a in self.left_out)
+        """Whether this step executes the layer: no other model makes it, and neither the layer nor one around it is left out."""
+        return self.model is None and not any(address == a or address.startswith(a + ".") for a in self.left_out)
 
     @field_serializer("timestep")
     def _whole(self, timestep: float) -> float | int:
@@ -115,9 +118,14 @@ class SamplingPlan(Data):
         steps = (s.model_copy(update={"skip": of(s.skip), "reuse": of(s.reuse)}) for s in self.steps)
         return self.model_copy(update={"steps": tuple(steps)})
 
-    def executing(self, *fields: Literal["skip", "reuse"]) -> Self:
-        """The plan without any skips, or reuse, or both: these layers are executed in every step."""
-        none: dict[str, Any] = {field: () for field in fields}
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the other models that make some of the steps."""
+        return tuple(sorted({step.model for step in self.steps if step.model is not None}))
+
+    def without(self, *fields: Literal["skip", "reuse", "model"]) -> Self:
+        """The plan without any skips, or reuse, or other models: the pipeline's own executes these layers, or makes these steps."""
+        none: dict[str, Any] = {field: Step.model_fields[field].default for field in fields}
         return self.model_copy(update={"steps": tuple(step.model_copy(update=none) for step in self.steps)})
 
     def pretty(self) -> str:

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
@@ -23,6 +23,7 @@ from .driving.refusals import check_pipeline
 from .driving.run import Run
 from .driving.schedulers import evaluations, kind_of
 from .driving.steering import Call, Next, denoisers
+from .driving.switch import lent, switch
 
 
 @dataclass(frozen=True)
@@ -33,27 +34,36 @@ class Costs:
     layers: dict[str, int]  # address -> MACs per image and evaluation that skipping the layer saves, or reusing it
     params: int  # numbers in the parameters of the denoiser(s)
     stages: dict[str, int] = field(default_factory=dict)  # the same of what can be reused but not skipped (`anatomy.stages`)
+    models: dict[str, int] = field(default_factory=dict)  # name -> MACs per image and evaluation of a step that it makes
 
 
-def measure(pipe: Any, arguments: dict[str, Any]) -> Costs:
+def measure(pipe: Any, arguments: dict[str, Any], models: Iterable[str] = ()) -> Costs:
     """Run one real step of the pipeline with a batch of one, and count.
 
     arguments: of `pipe.__call__` for one image (a prompt or class label, guidance_scale, height, ...): costs depend on them.
+    models: of those that were lent to the pipeline (`driving.switch`), which to count too, by a step of theirs.
     That is one evaluation of the denoiser, whatever the solver: a plan of a single step has no more.
     Raises CannotFollow for a pipeline that cannot be driven.
     """
     check_pipeline(pipe)
-    counter = _Counter()
+    costs = _one(pipe, arguments, None).costs(denoisers(pipe).values())
+    others = {name: _one(pipe, arguments, name).costs(lent(pipe)[name].values()).total for name in models}
+    return replace(costs, models=others)
+
+
+def _one(pipe: Any, arguments: dict[str, Any], model: str | None) -> "_Counter":
+    """One step, counted."""
+    counter, plan = _Counter(), _one_step(pipe, model)
     accepted = set(inspect.signature(pipe.__call__).parameters)
     extra = {"num_inference_steps": 1, "output_type": "latent", "generator": torch.Generator("cpu").manual_seed(0)}
     before = getattr(pipe, "_progress_bar_config", None) or {}
     pipe.set_progress_bar_config(**{**before, "disable": True})
     try:
-        with drive(pipe, Run(_one_step(pipe)), [counter]):
+        with drive(pipe, Run(plan, lent(pipe)), [switch, counter]):
             pipe(**{**{k: v for k, v in extra.items() if k in accepted}, **arguments})
     finally:
         pipe.set_progress_bar_config(**before)
-    return counter.costs(denoisers(pipe).values())
+    return counter
 
 
 @torch.no_grad()
@@ -71,7 +81,8 @@ def count(denoiser: nn.Module, *args: Any, **kwargs: Any) -> Costs:
 def plan_macs(costs: Costs, plan: SamplingPlan) -> int:
     """MACs per image of a whole plan, all evaluations of each step counted (`evaluations`).
 
-    A layer that is reused costs as little as one that is skipped. One left out inside another counts once.
+    A layer that is reused costs as little as one that is skipped. One left out inside another counts once. A step that another
+    model makes costs what that model does: `costs` must have been measured with it.
 
     >>> costs = Costs(total=100, layers={"a": 30, "a.b": 10, "c": 5}, params=0)
     >>> plan = SamplingPlan(scheduler=Scheduler(name="DDIMScheduler"),
@@ -80,10 +91,12 @@ def plan_macs(costs: Costs, plan: SamplingPlan) -> int:
     165
     """
     saved = costs.layers | costs.stages
-    return sum(
-        count * (costs.total - sum(saved[a] for a in outermost(step.left_out)))
-        for count, step in zip(evaluations(plan), plan.steps, strict=True)
-    )
+
+    def one(step: Step) -> int:
+        whole = costs.total if step.model is None else costs.models[step.model]
+        return whole - sum(saved[a] for a in outermost(step.left_out))
+
+    return sum(count * one(step) for count, step in zip(evaluations(plan), plan.steps, strict=True))
 
 
 def outermost(addresses: tuple[str, ...]) -> list[str]:
@@ -181,7 +194,7 @@ _ATTENTION = {
 }
 
 
-def _one_step(pipe: Any) -> SamplingPlan:
+def _one_step(pipe: Any, model: str | None) -> SamplingPlan:
     """A plan of one step with the pipeline's scheduler, or a stand-in where that cannot follow: the arithmetic is the same."""
     scheduler = pipe.scheduler
     kind = kind_of(type(scheduler).__name__, dict(scheduler.config))
@@ -189,4 +202,5 @@ def _one_step(pipe: Any) -> SamplingPlan:
         flow = type(scheduler).__name__.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas")
         stand_in: Any = diffusers.FlowMatchEulerDiscreteScheduler if flow else diffusers.DDIMScheduler
         scheduler = stand_in.from_config(scheduler.config)
-    return SamplingPlan(scheduler=Scheduler.of(scheduler), steps=(Step(timestep=scheduler.config.num_train_timesteps // 2),))
+    middle = Step(timestep=scheduler.config.num_train_timesteps // 2, model=model)
+    return SamplingPlan(scheduler=Scheduler.of(scheduler), steps=(middle,))

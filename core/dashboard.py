@@ -12,7 +12,7 @@ VISIBLE = 50  # parameters at most: each is a row of its own in a database
 
 
 def visible(request: Request) -> dict[str, float]:
-    """The part of a request that the dashboard plots: timesteps, how many layers each step skips and reuses, how many cuts."""
+    """The part of a request that the dashboard plots: timesteps, layers that each step skips and reuses, others' steps, cuts."""
     plan, cuts = request.candidate.plan, request.candidate.cuts
     shown = {"cuts": float(len(cuts))} if cuts else {}
     if plan is not None:
@@ -22,6 +22,7 @@ def visible(request: Request) -> dict[str, float]:
         shown |= skips if any(skips.values()) else {}
         reused = {f"reused{i:0{width}}": float(len(s.reuse)) for i, s in enumerate(plan.steps)}
         shown |= reused if any(reused.values()) else {}
+        shown |= {f"steps by {name}": float(sum(s.model == name for s in plan.steps)) for name in plan.models}
     return dict(list(shown.items())[:VISIBLE])
 
 

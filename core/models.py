@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Model:
     plan: SamplingPlan | None  # an artifact's own plan
     device: str
     dtype: str
+    others: dict[str, artifact.Other] = field(default_factory=dict)  # that may make steps of plans, by name
 
     @property
     def origin(self) -> str:
@@ -70,15 +71,7 @@ def load(
     device: auto, cpu, cuda, cuda:1, mps. dtype: float32, float16, bfloat16. offload: none, model, sequential.
     Weights are read from safetensors only. Raises UserError (missing, partial, pickled or broken folder), MissingOffline.
     """
-    folder, pinned = resolve(ref, trust_remote_code)
-    plan = None
-    if made := _run(folder):
-        plan = artifact.read_plan(folder)
-        folder, pinned = resolve(made.parent, trust_remote_code)
-    if (model := _made(folder)) is not None:
-        folder = model
-    if plan is None and (folder / artifact.PLAN).is_file() and artifact.manifest(folder) is not None:
-        plan = artifact.read_plan(folder)
+    folder, pinned, plan, others = _found(ref, trust_remote_code)
     check_folder(folder, trust_remote_code)
     device, (dtype, torch_dtype) = _device(device), _dtype(dtype)
     import diffusers
@@ -106,7 +99,34 @@ def load(
         plan=plan,
         device=device,
         dtype=dtype,
+        others=others,
     )
+
+
+def identify(ref: str, trust_remote_code: bool = False) -> tuple[str, str]:
+    """The pinned reference and the fingerprint of what `load` would load. Raises as it does."""
+    folder, pinned, *_ = _found(ref, trust_remote_code)
+    check_folder(folder, trust_remote_code)
+    return pinned, fingerprint(folder)
+
+
+def folder_of(ref: str) -> Path:
+    """The folder of the pipeline that a reference means."""
+    return _found(ref, trust_remote_code=True)[0]
+
+
+def _found(ref: str, trust_remote_code: bool) -> tuple[Path, str, SamplingPlan | None, dict[str, artifact.Other]]:
+    """The folder of a reference's pipeline, the reference pinned, its plan, and other models that the plan names."""
+    folder, pinned = resolve(ref, trust_remote_code)
+    plan, others = None, {}
+    if made := _run(folder):
+        plan, others = artifact.read_plan(folder), made.models
+        folder, pinned = resolve(made.parent, trust_remote_code)
+    if (model := _made(folder)) is not None:
+        folder = model
+    if plan is None and (folder / artifact.PLAN).is_file() and (own := artifact.manifest(folder)) is not None:
+        plan, others = artifact.read_plan(folder), own.models
+    return folder, pinned, plan, others
 
 
 def identity(ref: str) -> str:

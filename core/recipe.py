@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -42,6 +42,8 @@ class Recipe(Data):
     prompts: str | None = None  # .txt or .jsonl, relative to the recipe; the zoo has balanced classes by default
     call: dict[str, Any] = Field(default_factory=dict)  # further `__call__` arguments: guidance_scale, height, …
     evaluate: Evaluate = Evaluate()
+    # Other models that may make steps of a plan, by the name that the plan calls them: as `model`. Same latents, same schedule.
+    models: dict[Annotated[str, Field(pattern=r"^\w[\w-]*$")], str] = Field(default_factory=dict)
     stages: tuple[Stage, ...] = Field(min_length=1)
     gates: dict[str, Gate] = Field(default_factory=dict)  # against the recipe's own model: `run` exits 3 or 4
 

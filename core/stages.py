@@ -21,9 +21,9 @@ class SearchStage(Data):
     budget: dict[Literal["macs", "latency", "params"], float] = Field(
         default_factory=dict
     )  # at most this share of the uncut run
-    # What is varied: timesteps, layers that single steps skip, layers that they reuse from earlier ones, cuts of single layers,
-    # the slim U-Nets' grammar of stages.
-    space: tuple[Literal["timesteps", "skips", "reuse", "cuts", "slim"], ...] = Field(
+    # What is varied: timesteps, layers that single steps skip, layers that they reuse from earlier ones, which of the recipe's
+    # models makes a step, cuts of single layers, the slim U-Nets' grammar of stages.
+    space: tuple[Literal["timesteps", "skips", "reuse", "models", "cuts", "slim"], ...] = Field(
         default=("timesteps", "skips"), min_length=1
     )
     scheduler: str | None = None  # a diffusers scheduler class to use instead of the model's own

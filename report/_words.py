@@ -3,12 +3,13 @@
 The verdict is in search_verdict.py, what can be picked in search_front.py, parts and cuts in search_parts.py.
 """
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
-from ..core.candidate import SamplingPlan
+from ..core.candidate import SamplingPlan, Step
 from ..core.measurement import Measurement
 from .schema import Ratio, Row, Scored, SearchReport
 
@@ -121,16 +122,42 @@ def reuses(plan: SamplingPlan) -> str:
     return " ".join(map(str, counts)) if any(counts) else "–"
 
 
+def makers(plan: SamplingPlan) -> str:
+    """Which steps, counted from 1, other models make: 'small 1-3, tiny 4', or a dash."""
+    found = []
+    for name, group in itertools.groupby(enumerate(plan.steps, 1), key=lambda entry: entry[1].model):
+        numbers = [i for i, _ in group]
+        if name is not None:
+            found.append(f"{name} {numbers[0]}" + (f"-{numbers[-1]}" if len(numbers) > 1 else ""))
+    return ", ".join(found) or "–"
+
+
 def left_out(plan: SamplingPlan) -> str:
-    """Skips, then reuse where there is any: '0 0 2 1, reused 0 3 1 1'."""
-    skipped, reused = skips(plan), reuses(plan)
-    return skipped if reused == "–" else f"reused {reused}" if skipped == "–" else f"{skipped}, reused {reused}"
+    """Skips, then reuse and other models' steps where there are any: '0 0 2 1, reused 0 3 1 1', 'small 1-2'."""
+    skipped, reused, others = skips(plan), reuses(plan), makers(plan)
+    parts = [skipped] * (skipped != "–") + [f"reused {reused}"] * (reused != "–") + [others] * (others != "–")
+    return ", ".join(parts) or "–"
 
 
 def left_out_head(report: SearchReport) -> str:
     """The title of a column of `left_out`."""
+    head = "skips, reuse per step" if reusing(report) else "skips per step"
+    return f"{head}, other models' steps" if stitching(report) else head
+
+
+def reusing(report: SearchReport) -> bool:
+    """Whether any schedule reuses layers."""
+    return any(step.reuse for step in _steps(report))
+
+
+def stitching(report: SearchReport) -> bool:
+    """Whether another model makes any step."""
+    return any(step.model for step in _steps(report))
+
+
+def _steps(report: SearchReport) -> Iterator[Step]:
     everyone: list[Scored | Row] = [report.winner, *report.front, *report.baselines, *report.candidates]
-    return "skips, reuse per step" if any(s.reuse for one in everyone for s in one.plan.steps) else "skips per step"
+    return (step for one in everyone for step in one.plan.steps)
 
 
 def training_steps(plans: Iterable[SamplingPlan]) -> int:

@@ -88,12 +88,14 @@ def _plan(report: SearchReport) -> list[str]:
             *([f"{step.sigma:.5g}"] if step.sigma is not None else []),
             ", ".join(step.skip) or "none",
             *([", ".join(step.reuse) or "none"] if reusing else []),
+            *([step.model or "the pipeline's own"] if report.winner.plan.models else []),
         ]
         for i, step in enumerate(report.winner.plan.steps)
     ]
     sigma = ["sigma"] if any(step.sigma is not None for step in report.winner.plan.steps) else []
     layers = ["layers skipped", "layers reused"] if reusing else ["layers not executed"]
-    return ["## The plan", table(["step", "timestep", *sigma, *layers], rows)]
+    models = ["made by"] if report.winner.plan.models else []
+    return ["## The plan", table(["step", "timestep", *sigma, *layers, *models], rows)]
 
 
 def _cuts(report: SearchReport) -> list[str]:
@@ -130,7 +132,7 @@ def _candidates(report: SearchReport) -> list[str]:
         *names,
         *_cost_heads(report),
         "timesteps",
-        "skipped per step" if _words.left_out_head(report) == "skips per step" else "skipped, reused per step",
+        _words.left_out_head(report),
     ]
     title = f"## The best {len(best)} of {len(_words.candidates(report)):,} candidates"
     note = "On the search's own seeds, hence optimistic: the table above is the one to quote."

@@ -129,13 +129,17 @@ def intervals(report: SearchReport) -> str:
 
 
 def schedules(report: SearchReport) -> str:
-    """Where each schedule spends its steps, from noise on the left to the image on the right. Numbers: layers skipped (−), reused (r)."""
+    """Where each schedule spends its steps, from noise on the left to the image on the right. Numbers: layers skipped (−), reused (r).
+    Hollow: another model makes the step."""
     entries = _marked(report)
     figure, axes = new_rows([s.name for s, *_ in entries], 0.4)
     for y, (scored, color, mark, size) in enumerate(entries):
         times = scored.plan.timesteps
         axes.plot(times, [y] * len(times), color=color, linewidth=1, alpha=0.6)
-        axes.scatter(times, [y] * len(times), s=size, color=color, marker=mark, zorder=3, edgecolors=SURFACE, linewidths=0.8)
+        own = [step.timestep for step in scored.plan.steps if step.model is None]
+        axes.scatter(own, [y] * len(own), s=size, color=color, marker=mark, zorder=3, edgecolors=SURFACE, linewidths=0.8)
+        others = [step.timestep for step in scored.plan.steps if step.model]
+        axes.scatter(others, [y] * len(others), s=size, color=SURFACE, marker=mark, zorder=3, edgecolors=color, linewidths=1.4)
         for step in scored.plan.steps:
             if step.left_out and len(times) <= CROWD:
                 text = " ".join([f"−{len(step.skip)}"] * bool(step.skip) + [f"r{len(step.reuse)}"] * bool(step.reuse))

@@ -60,6 +60,7 @@ class ModelCall:
     dtype: str = "float32"
     device: str = "cpu"
     trust_remote_code: bool = False
+    models: Mapping[str, str] = field(default_factory=dict)  # what from_pretrained opens for the plan's other models, by name
 
 
 def layer_classes(denoiser: Any, plan: SamplingPlan) -> dict[str, str]:
@@ -85,14 +86,14 @@ def emit(plan: SamplingPlan, model: ModelCall, images: int = 16) -> str:
 def stock_call(plan: SamplingPlan, pipeline_class: str, arguments: Mapping[str, Any] | None = None) -> str | None:
     """Python that makes the plan's images with a stock scheduler of diffusers, `pipe` and `prompt` given. None if there is none.
 
-    A call exists for pipelines with an argument `timesteps` (flow matching: `sigmas`), for plans that execute all layers and have no
+    A call exists for pipelines with an argument `timesteps` (flow matching: `sigmas`), for plans of one model that execute all layers and have no
     noise levels of their own, with solvers that take a list and draw no noise. DDIM takes none; DPM-Solver++ of order 1 is the same update (Lu et al. 2022, sec. 4.1) and does.
     """
     config, name = plan.scheduler.config, plan.scheduler.name
     accepted = inspect.signature(_pipeline(pipeline_class).__call__).parameters if _pipeline(pipeline_class) else {}
     flow = KINDS.get(name) == "flow"
     if (
-        any(step.left_out or step.sigma is not None for step in plan.steps)
+        any(step.left_out or step.model or step.sigma is not None for step in plan.steps)
         or ("sigmas" if flow else "timesteps") not in accepted
     ):
         return None
@@ -164,6 +165,10 @@ def _render(plan: SamplingPlan, model: ModelCall, count: int) -> str:
         clip=config.get("clip_sample", True),
         times=[_number(t) for t in plan.timesteps],
         sigmas=[repr(plan.steps[i].sigma) for i in order] if plan.steps[0].sigma is not None else [],
+        models=[
+            f"{_literal(model.models[n])}: {_calls([i for i, step in enumerate(steps) if step.model == n])}"
+            for n in plan.models
+        ],
         twice=name in TWICE,
         counted="steps" if len(order) == len(plan.steps) else "calls of `step`",
         skips=[f"{_literal(address)}: {_calls(calls)}" for address, calls in skips.items()],
@@ -183,9 +188,12 @@ def _render(plan: SamplingPlan, model: ModelCall, count: int) -> str:
         call=_literal(shared),
         pipeline=model.pipeline if has_class else "DiffusionPipeline",
         load=", ".join(load + ["trust_remote_code=True"] * model.trust_remote_code),
+        load_other=", ".join(["reference", load[-1]] + ["trust_remote_code=True"] * model.trust_remote_code),
         model=_literal(model.reference),
         device=_literal(model.device),
-        imports=sorted({name, model.pipeline if has_class else "DiffusionPipeline"}),
+        imports=sorted(
+            {name, model.pipeline if has_class else "DiffusionPipeline", *["DiffusionPipeline"] * bool(plan.models)}
+        ),
         rows=count // columns,
         columns=columns,
     )
@@ -204,6 +212,8 @@ def _obstacle(plan: SamplingPlan, model: ModelCall) -> str | None:
     for key, value in (*model.arguments.items(), *(item for row in model.rows for item in row.items())):
         if not _plain(value):
             return f"the call argument {key!r} is not a plain value (text, number, true, false, or a list of them)"
+    if unknown := [name for name in plan.models if name not in model.models]:
+        return f"where its model {unknown[0]} is kept is not known"
     for way in ("skip", "reuse"):
         for address in _named(plan, way):
             found = model.layers.get(address)

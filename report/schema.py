@@ -64,7 +64,7 @@ class Ratio(Data):
 class Gained(Data):
     """One more part of what was found, on top of those before: how the winner comes about from the best fixed schedule."""
 
-    part: Literal["fixed", "timesteps", "skips", "reuse", "cuts"]
+    part: Literal["fixed", "timesteps", "models", "skips", "reuse", "cuts"]
     scored: Scored
     ratio: Ratio | None = None  # of the objective, the stage before against this one; above 1: this part made it better
 
@@ -99,7 +99,7 @@ class SearchReport(Data):
         str, ...
     ] = ()  # all that were searched, where there are several: metrics and costs (macs, latency, params)
     objective_label: str  # as printed, e.g. FD[zoo:judge]
-    space: tuple[str, ...] = ()  # what was varied: timesteps, skips, reuse, cuts, slim
+    space: tuple[str, ...] = ()  # what was varied: timesteps, skips, reuse, models, cuts, slim
     steps: int
     trials: int
     samples: int  # images per candidate in the search

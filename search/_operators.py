@@ -5,8 +5,10 @@ from dataclasses import replace
 from typing import Protocol
 
 from ..core.candidate import Step
-from ._space import Genome, Space, Way, leaving, toggled
+from ._space import Genome, Space, Way, leaving, made_by, toggled
 from ._task import Task
+
+MAKER = 0.3  # share of mutations that change who makes a step, where more than one model can
 
 
 class Rates(Protocol):
@@ -28,12 +30,15 @@ def mutate(genome: Genome, *, space: Space, config: Rates, rng: random.Random, s
     """Change each gene with probability `mutation`, at least one of them: its timestep, or (second) what it leaves out.
 
     If second, `recut` of the mutations cut the model in another way, and `throughout` of the others switch one layer instead:
-    on in all steps if no step runs it, else off in all; or reused from one step on, and back.
+    on in all steps if no step runs it, else off in all; or reused from one step on, and back. Where other models may make
+    steps, MAKER of the mutations move the place where one takes over from another.
     """
     if second and space.sites and rng.random() < config.recut:
         site = rng.randrange(len(space.sites))
         others = [pick for pick in range(len(space.sites[site]) + 1) if pick != genome.shape[site]]
         return space.fill(space.recut(genome, site, rng.choice(others)), rng)
+    if second and space.models and rng.random() < MAKER:
+        return space.fill(_taken_over(genome, space, rng), rng)
     if second and space.layers and rng.random() < config.throughout:
         layer = rng.choice(space.layers)
         reused = _way(space.ways, rng) == "reuse"
@@ -42,7 +47,10 @@ def mutate(genome: Genome, *, space: Space, config: Rates, rng: random.Random, s
     genes = list(genome.steps)
     for i in chosen:
         ways = space.ways if i else tuple(way for way in space.ways if way != "reuse")  # the first step has nothing to reuse
-        if second and space.layers and ways and rng.random() < 0.5:
+        if second and space.models and rng.random() < MAKER:
+            makers = [model for model in (None, *space.models) if model != genes[i].model]
+            genes[i] = made_by(genes[i], rng.choice(makers))
+        elif second and space.layers and ways and genes[i].model is None and rng.random() < 0.5:
             genes[i] = _layers_mutated(genes[i], _way(ways, rng), space, config, rng)
         elif rng.random() < config.jump:
             genes[i] = genes[i].model_copy(update={"timestep": space.draw(rng)})  # AutoDiffusion's mutation
@@ -97,8 +105,18 @@ def _handed_on(genome: Genome, layer: str, space: Space, rng: random.Random) -> 
     return space.consistent(Genome(tuple(steps), genome.shape))
 
 
+def _taken_over(genome: Genome, space: Space, rng: random.Random) -> Genome:
+    """The genome with all steps up to one, or from one on, made by one model: trajectories are mostly stitched in one place."""
+    i, model = rng.randrange(len(genome.steps)), rng.choice((None, *space.models))
+    first, last = (0, i + 1) if rng.random() < 0.5 else (i, len(genome.steps))
+    steps = [made_by(step, model) if first <= n < last and step.model != model else step for n, step in enumerate(genome.steps)]
+    return space.consistent(Genome(tuple(steps), genome.shape))
+
+
 def _set(step: Step, way: Way, layer: str, out: bool) -> Step:
-    """The step with a layer left out in this way, or not in this way."""
+    """The step with a layer left out in this way, or not in this way; one of another model as it is."""
+    if step.model is not None:
+        return step
     now = {*getattr(step, way)}
     return leaving(step, way, now | {layer} if out else now - {layer})
 

@@ -1,7 +1,7 @@
-"""What a search varies: K timesteps as a set, layers that a step leaves out, and cuts of the model, under budgets.
+"""What a search varies: K timesteps as a set, layers that a step leaves out, who makes it, and cuts of the model, under budgets.
 
 A step leaves a layer out by skipping it or by reusing what it did before (`Step`): one gene of each step and layer, with up to
-three states.
+three states. A step that another model makes leaves nothing out.
 """
 
 import random
@@ -43,6 +43,12 @@ class Price:
     layers: Mapping[str, float] = field(default_factory=dict)  # saved where one evaluation skips the layer
     choices: Mapping[str, float] = field(default_factory=dict)  # saved in every evaluation by a choice, by its name
     beside: float = 0.0  # what a run costs besides: text encoder, solver, decoder
+    models: Mapping[str, float] = field(default_factory=dict)  # one evaluation of another model, by its name
+
+    @property
+    def dearest(self) -> float:
+        """One evaluation of the model that costs most."""
+        return max(self.whole, *self.models.values()) if self.models else self.whole
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,10 @@ class Space:
     prices: Mapping[str, Price]  # by name: macs, latency, params
     layers: tuple[str, ...] = ()  # that a step may leave out, none inside another
     sites: tuple[tuple[Choice, ...], ...] = ()  # of the model, each whole or cut in one of several ways
-    budget: Mapping[str, float] = field(default_factory=dict)  # at most this share of the uncut K-step run
+    budget: Mapping[str, float] = field(default_factory=dict)  # at most this share of the uncut K-step run of the dearest model
     evaluations: tuple[int, ...] = ()  # denoiser evaluations of each step; one where nothing is given
     ways: tuple[Way, ...] = ("skip",)  # how a step may leave them out
+    models: tuple[str, ...] = ()  # others than the pipeline's own that may make a step
 
     @property
     def grid(self) -> float:
@@ -99,8 +106,8 @@ class Space:
         return self.consistent(Genome(tuple(kept[t] for t in sorted(kept, reverse=True)), tuple(shape)))
 
     def consistent(self, genome: Genome) -> Genome:
-        """The genome without choices that earlier ones exclude; what is cut is not left out of a step, and what no earlier step
-        executed is executed where it was to be reused.
+        """The genome without choices that earlier ones exclude; what is cut is not left out of a step, nor is anything in a step of
+        another model; what no earlier step executed is executed where it was to be reused.
         """
         lost: set[str] = set()
         shape = []
@@ -109,7 +116,7 @@ class Space:
             fits = not any(_within(a, b) or _within(b, a) for a in gone for b in lost)
             shape.append(pick if fits else 0)
             lost |= gone if fits else set()
-        steps = genome.steps
+        steps = tuple(step if step.model is None else made_by(step, step.model) for step in genome.steps)
         if lost:
             steps = tuple(_without(step, {a for a in step.left_out if any(_within(a, b) for b in lost)}) for step in steps)
         done: list[Step] = []
@@ -135,15 +142,18 @@ class Space:
         for choice in chosen:
             for a in {a for a in self.layers if all(_within(b, a) for b in choice.lost)}:
                 gone[a] = gone.get(a, 0.0) + price.choices[choice.name]
-        return price.beside + sum(
-            count * (one - sum(price.layers.get(a, 0.0) - gone.get(a, 0.0) for a in step.left_out))
-            for count, step in zip(self._counts, genome.steps, strict=True)
-        )
+
+        def of(step: Step) -> float:
+            if step.model is not None:
+                return price.models.get(step.model, one)
+            return one - sum(price.layers.get(a, 0.0) - gone.get(a, 0.0) for a in step.left_out)
+
+        return price.beside + sum(count * of(step) for count, step in zip(self._counts, genome.steps, strict=True))
 
     def share(self, genome: Genome, name: str = "macs") -> float:
-        """A cost as a share of that of K uncut steps."""
+        """A cost as a share of that of K uncut steps of the dearest model."""
         price = self.prices[name]
-        return self.cost(genome, name) / (price.beside + sum(self._counts) * price.whole)
+        return self.cost(genome, name) / (price.beside + sum(self._counts) * price.dearest)
 
     def shares(self, genome: Genome) -> dict[str, float]:
         """All costs as shares, rounded so that they read and compare well."""
@@ -160,7 +170,7 @@ class Space:
 
     def cheapest(self, name: str) -> Genome:
         """The candidate that leaves out every layer and cuts what saves most of a cost, of options that exclude each other the
-        larger first. Its timesteps mean nothing."""
+        larger first; or another model in every step, if that costs less. Its timesteps mean nothing."""
         price, shape, lost = self.prices[name], [0] * len(self.sites), set[str]()
         options = [
             (price.choices[choice.name], k, pick) for k, site in enumerate(self.sites) for pick, choice in enumerate(site, 1)
@@ -172,7 +182,9 @@ class Space:
                 lost |= gone
         times = [self.snap(self.high - i * self.grid) for i in range(self.steps)]
         out = {way: self.layers for way in self.ways[:1]}  # what a first step cannot reuse is executed there
-        return self.consistent(Genome(tuple(Step.model_validate({"timestep": t, **out}) for t in times), tuple(shape)))
+        own = self.consistent(Genome(tuple(Step.model_validate({"timestep": t, **out}) for t in times), tuple(shape)))
+        others = [Genome(tuple(Step(timestep=t, model=other) for t in times), tuple(shape)) for other in self.models]
+        return min(own, *others, key=lambda genome: self.cost(genome, name)) if others else own
 
     def fill(self, genome: Genome, rng: random.Random) -> Genome:
         """Leave out further layers and make further cuts, drawn at random among those that save something of a budget that does
@@ -189,9 +201,13 @@ class Space:
                 return genome
             rng.shuffle(ways)
             steps = [*genome.steps]
-            for i, what in ways:  # layers, until a budget holds or a cut's turn has come: the ways are others then
+            for i, what in ways:  # layers, until a budget holds or another thing's turn has come: the ways are others then
                 if isinstance(what, int):
                     genome = self.recut(Genome(tuple(steps), genome.shape), i, what)
+                    break
+                if isinstance(what, Maker):
+                    steps[i] = made_by(steps[i], what.model)
+                    genome = self.consistent(Genome(tuple(steps), genome.shape))
                     break
                 way, layer = what
                 if layer in steps[i].left_out:  # by now, in the other way
@@ -199,7 +215,8 @@ class Space:
                 steps[i] = leaving(steps[i], way, {*getattr(steps[i], way), layer})
                 saved = self._counts[i] / sum(self._counts)
                 broken = {
-                    n: more - saved * self.prices[n].layers.get(layer, 0.0) / self.prices[n].whole for n, more in broken.items()
+                    n: more - saved * self.prices[n].layers.get(layer, 0.0) / self.prices[n].dearest
+                    for n, more in broken.items()
                 }
                 if min(broken.values()) <= 1e-9:
                     genome = self.consistent(Genome(tuple(steps), genome.shape))
@@ -233,12 +250,15 @@ class Space:
     def _counts(self) -> tuple[int, ...]:
         return self.evaluations or (1,) * self.steps
 
-    def _ways(self, genome: Genome, names: Iterable[str]) -> list[tuple[int, tuple[Way, str] | int]]:
-        """All that saves some of these costs: (step, layer to leave out and how) and (site, option that saves more than the
-        present one)."""
+    def _ways(self, genome: Genome, names: Iterable[str]) -> "list[tuple[int, tuple[Way, str] | Maker | int]]":
+        """All that saves some of these costs: (step, layer to leave out and how), (step, who else makes it) and (site, option that
+        saves more than the present one)."""
         layers = [a for a in self.left(genome) if any(self.prices[name].layers.get(a, 0) > 0 for name in names)]
-        ways: list[tuple[int, tuple[Way, str] | int]] = []
+        ways: list[tuple[int, tuple[Way, str] | Maker | int]] = []
         for i, step in enumerate(genome.steps):
+            ways += [(i, Maker(other)) for other in self._cheaper(genome, i, names)]
+            if step.model is not None:
+                continue
             out = set(step.left_out)
             for way in self.ways:
                 able = (a for a in layers if a not in out)
@@ -259,6 +279,20 @@ class Space:
             ]
         return ways
 
+    def _cheaper(self, genome: Genome, i: int, names: Iterable[str]) -> list[str | None]:
+        """Models that save some of these costs if they make a step, and raise none that has a budget; None: the pipeline's own."""
+        if not self.models:
+            return []
+        now = genome.steps[i]
+        found = []
+        for other in (None, *self.models):
+            steps = (*genome.steps[:i], made_by(now, other), *genome.steps[i + 1 :])
+            then = self.consistent(Genome(steps, genome.shape))
+            saved = {name: self.cost(genome, name) - self.cost(then, name) for name in {*names, *self.budget}}
+            if other != now.model and any(saved[n] > 0 for n in names) and all(saved[n] >= 0 for n in self.budget):
+                found.append(other)
+        return found
+
     def _saves(self, choice: str, now: str | None, names: Iterable[str]) -> bool:
         """Whether a choice saves more than another (None: nothing cut) of one of these costs, and no less of any with a budget."""
 
@@ -272,6 +306,18 @@ def toggled(genome: Genome, i: int, address: str, way: Way = "skip") -> Genome:
     """The genome with one layer of step i skipped (or reused) if it was not, executed if it was."""
     step = leaving(genome.steps[i], way, {*getattr(genome.steps[i], way)} ^ {address})
     return Genome((*genome.steps[:i], step, *genome.steps[i + 1 :]), genome.shape)
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Who makes a step: another model, or the pipeline's own (None)."""
+
+    model: str | None
+
+
+def made_by(step: Step, model: str | None) -> Step:
+    """The step as this model makes it; the pipeline's own (None) executes everything then, too."""
+    return Step(timestep=step.timestep, sigma=step.sigma, model=model)
 
 
 def leaving(step: Step, way: Way, addresses: Collection[str]) -> Step:

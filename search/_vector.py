@@ -7,7 +7,8 @@ as U ** (1 / n)): no part of the box is crowded. Of K whole timesteps each keeps
 
 What a layer does is one of four patterns: run, off in the first half of the steps, off in the second half, off in all. Where
 layers may be reused too, that is a further state of each half; what nothing was kept of yet, as in the first step, is run.
-A genome that does otherwise is encoded as the nearest one.
+Who makes which steps, where several models can, is one more parameter: the pipeline's own all of them, or another one the first
+or the last few. A genome that does otherwise is encoded as the nearest one.
 """
 
 import itertools
@@ -80,6 +81,8 @@ class Layout:
     def choices(self) -> dict[str, int]:
         """Of every categorical parameter, how many values it has; 0 stands for nothing left out."""
         patterns = {f"layers {i}": len(self._patterns) for i in range(len(self.groups))}
+        if self.space.models:
+            patterns["models"] = len(self._makers)
         return patterns | {f"site {i}": 1 + len(site) for i, site in enumerate(self.space.sites)}
 
     def decode(self, point: Point) -> Genome:
@@ -90,20 +93,25 @@ class Layout:
                     off[step][way] += group
         times = times_of(self.space, [point[name] for name in self.gaps])
         shape = tuple(int(point[f"site {i}"]) for i in range(len(self.space.sites)))
-        steps = (Step(timestep=t, skip=tuple(o["skip"]), reuse=tuple(o["reuse"])) for t, o in zip(times, off, strict=True))
+        steps = (
+            Step(timestep=t, model=model) if model else Step(timestep=t, skip=tuple(o["skip"]), reuse=tuple(o["reuse"]))
+            for t, o, model in zip(times, off, self._makers[int(point.get("models", 0))], strict=True)
+        )
         return self.space.consistent(Genome(tuple(steps), shape))
 
     def encode(self, genome: Genome) -> Point:
         """The point of a genome: of every layer or group the pattern nearest to what it does, of equals the first."""
         point: Point = dict(zip(self.gaps, gaps_of(self.space, genome.times), strict=True))
-        left = set(self.space.left(genome))
+        left, makers = set(self.space.left(genome)), [step.model for step in genome.steps]
+        patterns = [_seen(pattern, makers) for pattern in self._patterns]
         for i, group in enumerate(self.groups):
             able = [a for a in group if a in left]
-            does = [[_does(step, a) for a in able] for step in genome.steps]
-            far = [
-                sum(way != own for way, here in zip(pattern, does, strict=True) for own in here) for pattern in self._patterns
-            ]
+            does = [[_does(step, a) for a in able] for step in genome.steps if step.model is None]
+            far = [sum(way != own for way, here in zip(pattern, does, strict=True) for own in here) for pattern in patterns]
             point[f"layers {i}"] = far.index(min(far))
+        if self.space.models:
+            wrong = [sum(a != b for a, b in zip(found, makers, strict=True)) for found in self._makers]
+            point["models"] = wrong.index(min(wrong))
         return point | {f"site {i}": pick for i, pick in enumerate(genome.shape)}
 
     def uniform(self, rng: random.Random) -> Point:
@@ -138,7 +146,7 @@ class Layout:
         return point
 
     def _further(self, point: Point) -> list[tuple[str, int]]:
-        """Every value of one parameter that leaves out more than it does now."""
+        """Every value of one parameter that leaves out more than it does now, or lets another model make steps."""
         out = [{step for step, way in enumerate(pattern) if way} for pattern in self._patterns]
         found = [
             (f"layers {i}", value)
@@ -146,6 +154,7 @@ class Layout:
             for value in range(len(out))
             if out[value] > out[int(point[f"layers {i}"])]
         ]
+        found += [("models", value) for value in range(1, len(self._makers)) if value != point.get("models")]
         sites = [(f"site {i}", value) for i, site in enumerate(self.space.sites) for value in range(1, len(site) + 1)]
         return found + [(name, value) for name, value in sites if value != point[name]]
 
@@ -155,6 +164,16 @@ class Layout:
         middle = (self.space.steps + 1) // 2
         halves = (tuple(range(middle)), tuple(range(middle, self.space.steps)))
         return [half for half in halves if half]
+
+    @cached_property
+    def _makers(self) -> list[tuple[str | None, ...]]:
+        """Who makes each step: the pipeline's own model all of them, or another one the first or the last few, or all."""
+        k, own = self.space.steps, list[str | None]([None])
+        found: list[tuple[str | None, ...]] = [(None,) * k]
+        for name in self.space.models:
+            found += [(*[name] * n, *own * (k - n)) for n in range(1, k + 1)]
+            found += [(*own * (k - n), *[name] * n) for n in range(1, k)]
+        return found
 
     @cached_property
     def _patterns(self) -> list[Pattern]:
@@ -168,6 +187,15 @@ class Layout:
                     pattern.append(None if way == "reuse" and None not in pattern else way)
             found[tuple(pattern)] = None  # of few steps, some are the same
         return list(found)
+
+
+def _seen(pattern: Pattern, makers: Sequence[str | None]) -> Pattern:
+    """What a pattern comes to in the steps that the pipeline's own model makes: what none of them executed is not reused."""
+    seen: list[Way | None] = []
+    for way, maker in zip(pattern, makers, strict=True):
+        if maker is None:
+            seen.append(None if way == "reuse" and None not in seen else way)
+    return tuple(seen)
 
 
 def _does(step: Step, address: str) -> Way | None:

@@ -28,7 +28,7 @@ from ._space import Genome, Space
 from ._task import Fresh, Task
 
 several = False
-varies = frozenset({"timesteps", "skips", "reuse", "cuts"})
+varies = frozenset({"timesteps", "skips", "reuse", "models", "cuts"})
 
 
 class Config(BaseModel):
@@ -62,7 +62,7 @@ def search(task: Task, config: Config, rng: random.Random) -> Generator[list[Req
     from deap import base, tools  # here, because `lissom search autodiffusion --help` reads this file too
 
     space, fresh = task.space, Fresh()
-    more = bool(space.layers or space.sites)  # there is something for stage 2 to vary
+    more = bool(space.layers or space.models or space.sites)  # there is something for stage 2 to vary
     last_of_stage_one = round(config.stage_one * task.trials) if more else task.trials
     archive = tools.HallOfFame(config.parents)
     second = False  # stage 2: layers and cuts too

@@ -34,7 +34,7 @@ from ._task import Fresh, Task
 from ._vector import Layout, Point
 
 several = True
-varies = frozenset({"timesteps", "skips", "reuse", "cuts"})
+varies = frozenset({"timesteps", "skips", "reuse", "models", "cuts"})
 
 GP_PARAMETERS, GP_TRIALS = 4, 150  # up to which `auto` takes the Gaussian process, for one objective (why: docs/methods.md)
 DRAWS, MOVES = 5, 200  # of a proposal that is not new

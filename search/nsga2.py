@@ -29,7 +29,7 @@ from ._task import Fresh, Task
 
 several = True
 least = 2  # objectives: of one there is no front
-varies = frozenset({"timesteps", "skips", "reuse", "cuts"})
+varies = frozenset({"timesteps", "skips", "reuse", "models", "cuts"})
 
 TRIES = 50  # mutations of a child that was there before
 

@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..core.candidate import Request
 from ..core.measurement import Trial
 from ._operators import tightened
+from ._space import Genome, Space, made_by
 from ._task import Fresh, Task
 
 several = True
-varies = frozenset({"timesteps", "skips", "reuse", "cuts"})
+varies = frozenset({"timesteps", "skips", "reuse", "models", "cuts"})
 
 
 class Config(BaseModel):
@@ -29,7 +30,8 @@ class Config(BaseModel):
 
 
 def search(task: Task, config: Config, rng: random.Random) -> Generator[list[Request], list[Trial], None]:
-    """Draw K timesteps uniformly without replacement; where there is a budget, leave out random layers until it holds.
+    """Draw K timesteps uniformly without replacement, and who makes each step where several models can; where there is a budget,
+    leave out random layers until it holds.
 
     Where a cost is an objective, its budget is drawn too, between the least possible and the budget that is given.
     """
@@ -39,7 +41,7 @@ def search(task: Task, config: Config, rng: random.Random) -> Generator[list[Req
         for _ in range(100 * config.batch):  # a tiny space (K near N) may hold fewer plans than asked
             if len(batch) >= min(config.batch, left):
                 break
-            genome = tightened(task, rng).fill(task.space.random_times(rng), rng)
+            genome = tightened(task, rng).fill(_drawn(task.space, rng), rng)
             if task.space.fits(genome) and fresh.take(genome):
                 batch.append(task.request(genome, "random"))
         if not batch:
@@ -47,3 +49,11 @@ def search(task: Task, config: Config, rng: random.Random) -> Generator[list[Req
         left -= len(batch)
         yield batch
         batch = []
+
+
+def _drawn(space: Space, rng: random.Random) -> Genome:
+    genome = space.random_times(rng)
+    if not space.models:
+        return genome
+    makers = (None, *space.models)
+    return Genome(tuple(made_by(step, rng.choice(makers)) for step in genome.steps), genome.shape)

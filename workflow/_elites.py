@@ -44,13 +44,16 @@ def default_pick(members: Sequence[Trial], objectives: Sequence[str], fixed: Tri
 
 
 def parts(winner: Candidate) -> dict[str, Candidate]:
-    """How the winner comes about: its timesteps alone, then its skips too, then its reuse, then its cuts; without parts that it
-    has not."""
+    """How the winner comes about: its timesteps alone, then other models in some steps, then its skips too, then its reuse, then
+    its cuts; without parts that it has not."""
     plan = winner.plan
     assert plan is not None
-    bare, skipping = plan.executing("skip", "reuse"), plan.executing("reuse")
+    bare, stitched = plan.without("skip", "reuse", "model"), plan.without("skip", "reuse")
+    skipping = plan.without("reuse")
     found = {"timesteps": Candidate(plan=bare)}
-    if skipping != bare:
+    if stitched != bare:
+        found["models"] = Candidate(plan=stitched)
+    if skipping != stitched:
         found["skips"] = Candidate(plan=skipping)
     if skipping != plan:
         found["reuse"] = Candidate(plan=plan)

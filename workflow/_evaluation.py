@@ -15,7 +15,7 @@ from ..core.errors import UserError
 from ..core.files import write_text
 from ..core.measurement import Measurement
 from ..report.evaluation import Evaluation
-from ._evaluator import described
+from ._evaluator import described, hashes
 from ._gallery import IMAGES, Gallery, check_work, differing, discard, locked
 from ._identity import Base, Who, said
 from ._painting import draw
@@ -65,7 +65,8 @@ def evaluate(asked: Asked, context: Context, cache: Path) -> Evaluation:
     if "rig" in needs:  # numbers of one machine are not another's
         who = replace(who, machine={**machine(who.device, who.dtype), "offload": context.options.offload})
     with contextlib.ExitStack() as stack:
-        early = {**vars(who), "plan": plan and plan.plain(), "steps": asked.steps, "seeds": seeds.plain()}
+        others = {"models": hashes(seat.subject.model)} if plan is not None and plan.models else {}
+        early = {**vars(who), **others, "plan": plan and plan.plain(), "steps": asked.steps, "seeds": seeds.plain()}
         if asked.out is not None:
             stack.enter_context(locked(asked.out, folder_of(asked.out)))
             _refuse(asked, asked.out, early)  # before a reference is made that may take hours
@@ -180,7 +181,7 @@ def _base_ref(asked: Asked, subject: Subject, plan: SamplingPlan | None, pruned_
     if "base" not in needs and asked.base is not None:
         raise UserError("--base: no metric that was asked for compares with it; add fidelity to --metrics.")
     uncut = asked.base or pruned_from
-    if "base" in needs and uncut is None and not any(step.left_out for step in (plan.steps if plan else ())):
+    if "base" in needs and uncut is None and not any(step.left_out or step.model for step in (plan.steps if plan else ())):
         raise UserError(f"fidelity: {subject.model.ref} is the uncut model itself. Say with --base MODEL what to compare with.")
     return uncut or asked.ref
 

@@ -62,6 +62,8 @@ class Evaluator:
             "device": model.device.partition(":")[0],
             "dtype": model.dtype,
         }
+        if model.others:
+            parts["models"] = hashes(model)
         self.id = hashlib.sha256(canonical(parts).encode()).hexdigest()
 
     def score(
@@ -121,6 +123,11 @@ def trimmed(
             yield plan and plan.renamed(names.get)
         finally:
             sampler.fingerprint = whole
+
+
+def hashes(model: Model) -> dict[str, str]:
+    """Fingerprints of the other models that may make steps, by name."""
+    return {name: other.model_hash for name, other in sorted(model.others.items())}
 
 
 def draw_sheet(sampler: "Sampler", plan: SamplingPlan | None, seeds: Seeds, path: Path, steps: int | None = None) -> None:

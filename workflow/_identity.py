@@ -15,9 +15,10 @@ def said(plan: SamplingPlan | None, steps: int | None) -> str:
     if plan is None:
         return f"stock schedule of {steps} steps" if steps else "the pipeline's default schedule"
     skips, reused = (sum(len(getattr(s, way)) for s in plan.steps) for way in ("skip", "reuse"))
+    others = "".join(f", {sum(s.model == name for s in plan.steps)} of them made by {name}" for name in plan.models)
     times = ", ".join(f"{t:g}" for t in plan.timesteps)
     left_out = f"{f', {skips} layers skipped' if skips else ''}{f', {reused} layers reused' if reused else ''}"
-    return f"a plan of {len(plan.steps)} steps ({times}){left_out}"
+    return f"a plan of {len(plan.steps)} steps ({times}){others}{left_out}"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Who:
 
 @dataclass(frozen=True)
 class Base:
-    """How the uncut model paints: the same timesteps, no layer left out."""
+    """How the uncut model paints: the same timesteps, all of them its own, no layer left out."""
 
     who: dict[str, Any]
     plan: SamplingPlan | None
@@ -64,7 +65,7 @@ class Base:
         from ..core import driving
 
         if plan is not None:
-            plan = plan.executing("skip", "reuse")
+            plan = plan.without("skip", "reuse", "model")
         plan = (uncut.model.plan if own and steps is None else None) or plan
         if plan is not None:
             driving.check(uncut.model.pipe, plan)

@@ -31,12 +31,15 @@ CANDIDATES, TURNS = 6, 5  # random candidates that predictions are compared with
 
 
 def table(stage: SearchStage, subject: Subject, gauge: Gauge, uncut: SamplingPlan, folder: Path | None) -> dict[str, Any]:
-    """Times in milliseconds: `run` of the whole pipeline along `uncut`, `whole` of one denoiser evaluation, its `layers`.
+    """Times in milliseconds: `run` of the whole pipeline along `uncut`, `whole` of one denoiser evaluation, its `layers`, and of
+    other `models` that may make steps.
 
     Measured once and kept in `folder`, so that a resumed search decides alike; on another device, batch or size it is measured anew.
     """
     from ..core import calibration
+    from ..core.driving.switch import lent
 
+    models = subject.context.recipe.models if "models" in stage.space else {}
     model, batch = subject.model, stage.latency_batch
     if not gauge.sized:
         raise UserError(
@@ -51,9 +54,14 @@ def table(stage: SearchStage, subject: Subject, gauge: Gauge, uncut: SamplingPla
         rows = batch * (call.rows // len(call.images))  # guidance doubles them
         inputs = gauge.example(rows, first.device, first.dtype)
         whole, layers = layer_times(gauge.denoiser, inputs, [layer.address for layer in gauge.known], model.device)
+        others = {}
+        for name in models:
+            (other,) = lent(model.pipe)[name].values()
+            others[name] = layer_times(other, inputs, [], model.device)[0]
         subject.context.progress.say(f"timing the uncut run and {len(layers)} layers of the denoiser, batch {batch}")
         run = statistics.median(_timed([_run(subject, uncut, batch)])[0])
-        return {"run": run, "whole": whole, "layers": layers, "latent": list(gauge.latent)}
+        found = {"run": run, "whole": whole, "layers": layers, "latent": list(gauge.latent)}
+        return {**found, "models": others} if others else found
 
     conditions = [
         model.fingerprint,
@@ -63,6 +71,7 @@ def table(stage: SearchStage, subject: Subject, gauge: Gauge, uncut: SamplingPla
         model.device.partition(":")[0],
         model.dtype,
         uncut.plain(),
+        *([{name: model.others[name].model_hash for name in models}] if models else []),
     ]
     found = make() if folder is None else kept(_file(folder, TABLE, conditions), conditions, make)
     return dict(found)
@@ -76,7 +85,7 @@ def price(measured: dict[str, Any], gauge: Gauge, space: "Space") -> "Price":
     choices = {c.name: time_inside(gauge, layers, c.cuts) for site in space.sites for c in site}
     count = sum(space.evaluations or (1,) * space.steps)
     beside = max(0.0, measured["run"] - count * whole)
-    return Price(whole, {a: layers[a] for a in space.layers if a in layers}, choices, beside)
+    return Price(whole, {a: layers[a] for a in space.layers if a in layers}, choices, beside, measured.get("models", {}))
 
 
 def validated(
@@ -87,7 +96,7 @@ def validated(
     rng = random.Random(0)
     least = space.share(space.cheapest("latency"), "latency")
     genomes = []
-    for _ in range(CANDIDATES if space.layers or space.sites else 0):
+    for _ in range(CANDIDATES if space.layers or space.models or space.sites else 0):
         within = replace(space, budget={"latency": rng.uniform(least + 0.1 * (1 - least), 1.0)})
         genomes.append(within.fill(within.random_times(rng), rng))
     predicted = [round(space.share(genome, "latency"), 6) for genome in genomes]

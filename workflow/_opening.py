@@ -118,8 +118,8 @@ def _cost(report: SearchReport, value: float | None) -> float:
 def fitted(plan: SamplingPlan, space: "Space") -> "Genome":
     """A plan of another model or number of steps as a genome of this space.
 
-    Step i of K stands where i stands among the plan's own steps; it skips and reuses what the nearest one does, as far as this
-    model has the layers and the space the way.
+    Step i of K stands where i stands among the plan's own steps; it skips and reuses what the nearest one does, or is made by the
+    same model, as far as this model has the layers and the space the way and the other model.
     """
     old, k = plan.steps, space.steps
     top = float(plan.scheduler.config.get("num_train_timesteps", 1000))
@@ -131,7 +131,8 @@ def fitted(plan: SamplingPlan, space: "Space") -> "Genome":
         high = min(low + 1, len(old) - 1)
         t = (1 - part) * old[low].timestep + part * old[high].timestep
         out = {way: tuple(a for a in getattr(old[round(at)], way) if a in space.layers) for way in space.ways}
-        genes.append(Step.model_validate({"timestep": t * own / top, **out}))
+        model = old[round(at)].model if old[round(at)].model in space.models else None
+        genes.append(Step.model_validate({"timestep": t * own / top, "model": model, **out}))
     rng = random.Random(hashlib.sha256(plan.canonical().encode()).hexdigest())  # moves apart what has come together
     return space.fill(space.repair(genes, (0,) * len(space.sites), rng), rng)
 

@@ -86,8 +86,9 @@ def plans_of(subject: Subject, stage: SearchStage, folder: Path | None = None) -
     driving.check(pipe, probe)  # refuses schedulers and pipelines that cannot follow any plan
     times = spacing.times(pipe.scheduler)
     subject.check_steps(stage.steps)
+    models = tuple(subject.context.recipe.models) if "models" in stage.space else ()
     with subject.asking():
-        costs = cost.measure(pipe, {**subject.conditions.arguments(range(1)), **subject.call})
+        costs = cost.measure(pipe, {**subject.conditions.arguments(range(1)), **subject.call}, models)
     layers: dict[str, int] = {}
     if stage.ways:
         found = [layer.address for layer in anatomy.layers(subject.model.denoiser) if layer.kind in SKIPPABLE]
@@ -107,6 +108,7 @@ def plans_of(subject: Subject, stage: SearchStage, folder: Path | None = None) -
         budget={str(name): most for name, most in stage.budget.items()},
         evaluations=evaluations(next(iter(fixed.values()))),
         ways=stage.ways,
+        models=models,
     )
     wanted = {*stage.budget, *stage.objective}
     prices = {"macs": _macs(costs, layers, bare, weigh)}
@@ -134,7 +136,8 @@ def _macs(costs: "Costs", layers: dict[str, int], space: "Space", weigh: _Weigh)
             saved[choice.name] = float(sum(macs or 0 for macs in alone))
         else:  # counted on one image without guidance's second half
             saved[choice.name] = costs.total * (1 - weigh.gauge.after(choice.cuts)[1] / weigh.gauge.macs)
-    return Price(float(costs.total), {a: float(macs) for a, macs in layers.items()}, saved)
+    models = {name: float(macs) for name, macs in costs.models.items()}
+    return Price(float(costs.total), {a: float(macs) for a, macs in layers.items()}, saved, models=models)
 
 
 def _saved(costs: "Costs", cut: Cut) -> int | None:
@@ -159,8 +162,10 @@ def _reachable(space: "Space", stage: SearchStage) -> None:
         least = space.share(cheapest, name)
         if least > most:
             cut = [choice.name for choice in space.chosen(cheapest)]
+            other = cheapest.steps[-1].model
             how = " and ".join(
-                [_all_of(space)] * bool(space.layers)
+                [f"lets {other} make every step"] * bool(other)
+                + [_all_of(space)] * bool(space.layers and not other)
                 + [f"makes {len(cut)} cuts ({', '.join(cut[:3])}{', …' if len(cut) > 3 else ''})"] * bool(cut)
             )
             more = "" if stage.cutting and space.layers else " or let the search leave more out (--space timesteps,skips,cuts)"
@@ -220,6 +225,16 @@ def check_objectives(stage: SearchStage, context: Context, conditions: Condition
     if foreign:
         left = ",".join(part for part in stage.space if part not in foreign)
         raise UserError(f"{stage.method} does not vary {' or '.join(foreign)}. Give --space {left}, or take another method.")
+    missing: set[str] = {*getattr(module, "needs", ())} - {*stage.space}
+    if missing:
+        raise UserError(
+            f"{stage.method} varies {' and '.join(sorted(missing))}: give --space {','.join([*stage.space, *sorted(missing)])}."
+        )
+    if "models" in stage.space and not context.recipe.models:
+        raise UserError(
+            "space: models: there is no other model that could make steps. Give one, --models small=MODEL (in a recipe "
+            "`models: {small: MODEL}`)."
+        )
     free = [name for name in metrics if not set(methods.load("evaluate", name).parts) & set(stage.objective)]
     if not free and (conditions.caption(0) is not None or conditions.label(0) is not None):
         alone = "alone is" if len(metrics) == 1 else "are"

@@ -64,6 +64,7 @@ def save(
         cuts=cuts,
         license=license_of(model.folder).get("license", ""),
         chain=before,
+        models=model.others,
     )
     return export.save(
         model,

@@ -8,11 +8,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..core import artifact
+from ..core import artifact, models
 from ..core.candidate import Candidate, SamplingPlan, Seeds
 from ..core.errors import UserError
 from ..core.files import write_text
 from ..core.measurement import Measurement, Trial, ratio
+from ..core.models import Model
 from ..core.stages import SearchStage
 from ..core.store import TrialStore
 from ..report import html, markdown, reproduce
@@ -58,11 +59,21 @@ def facts(
         "call": subject.call,
         "reference": {"search": f"{subject.reference} (search)", "report": f"{subject.reference} (report)"},
         "fixed": {name: plan.plain() for name, plan in plans.fixed.items()},
-        "uncut_macs": plans.space.prices["macs"].whole * sum(plans.space.evaluations),
+        "uncut_macs": plans.space.prices["macs"].dearest * sum(plans.space.evaluations),
         "latency": latency.plain() if latency else None,
-        "conditions": _conditions(stage),
+        "conditions": _conditions(stage) | _models(plans, model),
         "shared_reference": subject.shared_reference,
         "environment": environment(model.device, model.dtype),
+    }
+
+
+def _models(plans: "Plans", model: Model) -> dict[str, str]:
+    """The other models that may make steps, and what one of their evaluations costs beside the pipeline's own."""
+    price = plans.space.prices["macs"]
+    return {
+        f"model {name}": f"{model.others[name].model}, {price.models[name] / price.whole:.3f} of the MACs, "
+        f"weights hash {model.others[name].model_hash}"
+        for name in plans.space.models
     }
 
 
@@ -279,6 +290,7 @@ def write_reproduce(
     few = seeds.model_copy(update={"count": min(REPRODUCED, seeds.count)})
     local = cut is not None or model.ref.startswith("zoo:") or Path(model.ref).is_dir()
     opened = cut or model.folder
+    others = {name: models.folder_of(model.others[name].model) for name in plan.models}
     call = reproduce.ModelCall(
         pipeline=type(model.pipe).__name__,
         reference=str(opened) if local else model.ref.partition("@")[0],
@@ -290,7 +302,8 @@ def write_reproduce(
         denoiser=model.denoiser_name,
         dtype=model.dtype,
         device=model.device,
-        trust_remote_code=subject.context.options.trust_remote_code or needs_code(opened),
+        trust_remote_code=subject.context.options.trust_remote_code or any(map(needs_code, (opened, *others.values()))),
+        models={name: str(place) for name, place in others.items()},
     )
     try:
         write_text(folder / "reproduce.py", reproduce.emit(plan, call))

@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
+import itertools
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,19 +22,22 @@ if TYPE_CHECKING:
 def rig_of(subject: Subject, plan: SamplingPlan | None, steps: int | None) -> "Rig":
     """The pipeline along this plan, or its stock schedule."""
     from ..core.driving.schedulers import entries
+    from ..core.driving.steering import denoisers
+    from ..core.driving.switch import lent
     from ..evaluate._sample import Rig
 
     model, count = subject.model, len(plan.steps) if plan else steps or subject.default_steps
+    others = [part for other in (plan.models if plan else ()) for part in lent(model.pipe)[other].values()]
     name = plan.scheduler.name if plan else type(model.pipe.scheduler).__name__
     return Rig(
         plan=plan,
         evaluations=len(entries(name, count)),
-        params=model.parameters,
+        params=model.parameters + sum(p.numel() for part in others for p in part.parameters()),
         device=model.device,
-        costs=functools.cache(lambda: _costs(subject)),
+        costs=functools.cache(lambda: _costs(subject, plan)),
         call=lambda batch: call_of(subject, plan, steps, batch),
-        weights=lambda: _weights(model.pipe),
-        compiled=lambda: _compiled(subject),
+        weights=lambda: itertools.chain(_weights(model.pipe), *(_all(part) for part in others)),
+        compiled=lambda: _compiled([*denoisers(model.pipe).values(), *others]),
         conditions=machine(model.device, model.dtype),
     )
 
@@ -42,15 +46,20 @@ def _weights(pipe: Any) -> "Iterator[Tensor]":
     """Parameters and buffers of every component."""
     for part in pipe.components.values():
         if hasattr(part, "parameters"):
-            yield from part.parameters()
-            yield from part.buffers()
+            yield from _all(part)
 
 
-def _costs(subject: Subject) -> "Costs":
+def _all(part: Any) -> "Iterator[Tensor]":
+    yield from part.parameters()
+    yield from part.buffers()
+
+
+def _costs(subject: Subject, plan: SamplingPlan | None) -> "Costs":
     from ..core import cost
 
     with subject.asking():
-        return cost.measure(subject.model.pipe, {**subject.conditions.arguments(range(1)), **subject.call})
+        arguments = {**subject.conditions.arguments(range(1)), **subject.call}
+        return cost.measure(subject.model.pipe, arguments, plan.models if plan else ())
 
 
 def call_of(subject: Subject, plan: SamplingPlan | None, steps: int | None, batch: int) -> Callable[[], None]:
@@ -74,11 +83,8 @@ def call_of(subject: Subject, plan: SamplingPlan | None, steps: int | None, batc
 
 
 @contextlib.contextmanager
-def _compiled(subject: Subject) -> Iterator[None]:
+def _compiled(modules: Sequence[Any]) -> Iterator[None]:
     """With torch.compile on the denoisers, for as long as it lasts; it happens at the first call."""
-    from ..core.driving.steering import denoisers
-
-    modules: list[Any] = list(denoisers(subject.model.pipe).values())
     before = [module._compiled_call_impl for module in modules]
     try:
         for module in modules:

@@ -69,6 +69,7 @@ def finish(
         made_by=stage.plain(),
         measurements=report.winner.measurements,
         versions={"lissom": __version__},
+        models=subject.model.others,
     )
     classes = reproduce.layer_classes(subject.model.denoiser, winner.plan)
     if saved:
@@ -84,7 +85,9 @@ def _with_model(model: Path, of_stage: Manifest, report: SearchReport, subject: 
     """Complete the cut model's folder; the stage's manifest says the same."""
     written = artifact.manifest(model)
     assert written is not None  # by `save_model`
-    made = written.model_copy(update={"measurements": of_stage.measurements, "stage": of_stage.stage})
+    made = written.model_copy(
+        update={"measurements": of_stage.measurements, "stage": of_stage.stage, "models": of_stage.models}
+    )
     card = model_card.searched(report, license_of(subject.model.folder), origin=subject.model.origin)
     write_text(model / CARD, card)
     artifact.save(model, made, plan)

@@ -23,4 +23,6 @@ def stage_hash(stage: Stage, artifact_in: Artifact, context: Context) -> str:
         r.evaluate.plain(),
         r.call,
     ]
+    if r.models:
+        parts.append({name: models.identity(context.path(ref)) for name, ref in r.models.items()})
     return hashlib.sha256(canonical([*parts, prompts and prompts.hash, r.model_hash]).encode()).hexdigest()

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..core import models
+from ..core.candidate import canonical
 from ..core.conditions import NOTES, UNCONDITIONAL, Conditions
 from ..core.conditions import read as read_conditions
 from ..core.errors import UserError, one_line
 from ..core.methods import suggest
 from ..core.models import Model
-from ._evaluator import Evaluator, chosen, default_reference, features_for
+from ._evaluator import Evaluator, chosen, default_reference, features_for, hashes
+from ._others import lend
 from ._teacher import Teacher, taught
 from .context import Context
 
@@ -73,8 +75,10 @@ class Subject:
         for key in call:
             if key not in accepted:
                 raise UserError(f"call.{key}: {type(model.pipe).__name__} takes no such argument.{suggest(key, accepted)}")
+        model.others = lend(model, context)
         memo = Memo(options.memo_mib * 2**20, Files(Path(options.memo_dir)) if options.memo_dir else None)
-        sampler = Sampler(model.pipe, conditions, chunk=options.chunk, call=call, memo=memo, fingerprint=model.fingerprint)
+        known = canonical([model.fingerprint, hashes(model)]) if model.others else model.fingerprint
+        sampler = Sampler(model.pipe, conditions, chunk=options.chunk, call=call, memo=memo, fingerprint=known)
         return cls(model, conditions, call, sampler, context)
 
     @property

@@ -14,6 +14,7 @@ from .run import Run
 from .schedulers import follower, watching
 from .skip import skip
 from .steering import Interceptor, counted, steered
+from .switch import lent, switch
 
 
 @contextlib.contextmanager
@@ -35,8 +36,8 @@ def follow(pipe: Any, plan: SamplingPlan, *, memo: Memo | None = None, context: 
     """
     check(pipe, plan)
     first: list[Interceptor] = [Remember(memo, context)] if memo is not None else []
-    # The order is fixed: memo > reuse > (another model, checkpointing) > skip.
-    with drive(pipe, Run(plan), [*first, counted, reuse, skip]) as run:
+    # The order is fixed: memo > reuse > another model > skip.
+    with drive(pipe, Run(plan, lent(pipe)), [*first, counted, reuse, switch, skip]) as run:
         yield run
     run.verify()
 

@@ -14,6 +14,7 @@ from .run import CannotFollow
 from .schedulers import KINDS, WHOLE, build, kind_of, misfit, noise_levels
 from .skip import find
 from .steering import DENOISERS, denoisers
+from .switch import lent
 
 REASONS = {
     "CMStochasticIterativeScheduler": "consistency models take noise levels of their own",
@@ -68,12 +69,16 @@ UNDRIVABLE = {
 
 
 def check(pipe: Any, plan: SamplingPlan) -> None:
-    """Raise CannotFollow if `plan` cannot be followed with `pipe`: pipeline, scheduler, times, noise levels, layers."""
+    """Raise CannotFollow if `plan` cannot be followed with `pipe`: pipeline, scheduler, times, noise levels, layers, models.
+
+    Loads the models that its steps name.
+    """
     check_pipeline(pipe)
     check_scheduler(pipe, plan)
     check_times(plan)
     check_layers(pipe, plan)
     check_reuse(plan.steps)
+    check_models(pipe, plan)
 
 
 def check_pipeline(pipe: Any) -> None:
@@ -188,6 +193,20 @@ def check_layers(pipe: Any, plan: SamplingPlan) -> None:
             exists = any(find(module, address) is not None for module in found.values())
             why = f"the layer {address!r} of {names} cannot be {how}" if exists else f"{names} has no layer {address!r}"
             raise CannotFollow(f"{why}.{suggest(address, known) or f' {len(known)} layers can be {how}.'}")
+
+
+def check_models(pipe: Any, plan: SamplingPlan) -> None:
+    """Raise CannotFollow for a step of a model that was not lent to the pipeline, or that lacks a denoiser."""
+    known, own = lent(pipe), denoisers(pipe)
+    for name in plan.models:
+        if name not in known:
+            first = next(i for i, step in enumerate(plan.steps, 1) if step.model == name)
+            raise CannotFollow(
+                f"step {first} of the plan is made by another model, {name!r}, which was not given. Say which one it is: "
+                f"--models {name}=MODEL, in a recipe `models: {{{name}: MODEL}}`.{suggest(name, known)}"
+            )
+        if missing := [part for part in own if part not in known[name]]:
+            raise CannotFollow(f"the plan's model {name!r} has no {missing[0]}, which {type(pipe).__name__} calls.")
 
 
 def check_reuse(steps: tuple[Step, ...]) -> None:

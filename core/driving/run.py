@@ -3,12 +3,12 @@
 import copy
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..candidate import SamplingPlan, Step
 from ..errors import UserError
@@ -26,6 +26,7 @@ class Run:
     """
 
     plan: SamplingPlan | None = None  # None: the pipeline's own schedule, only watched
+    models: Mapping[str, Mapping[str, nn.Module]] = field(default_factory=dict)  # that steps name: denoisers by component
     generators: list[torch.Generator] | None = None  # one per image, for pipelines that hand none to `scheduler.step`
     calls: int = 0  # denoiser forwards executed, over all calls of the pipeline
     served: int = 0  # denoiser forwards answered from the memo

@@ -65,7 +65,7 @@ def test_a_search_that_cannot_be_is_refused_and_leaves_nothing(here: Path, words
         (
             "evolution",
             "zoo:fashion",
-            "no method 'evolution' in search/; there are autodiffusion, bayes, cmaes, nsga2, random_search",
+            "no method 'evolution' in search/; there are autodiffusion, bayes, cmaes, nsga2, random_search, t_stitch",
             2,
         ),
         ("os.path", "zoo:fashion", "the module has no Config", 2),

@@ -2,11 +2,15 @@
 
 import random
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from lissom.core.candidate import SamplingPlan, Scheduler, Seeds, Step
 from lissom.core.measurement import Measurement
 from lissom.report.schema import Ratio, Row, Scored, SearchReport, Spent
+from lissom.tests.report.scripts import Maker
 
 LAYERS = ("down_blocks.0.attentions.1", "mid_block.attentions.0", "up_blocks.1.resnets.0", "up_blocks.2.attentions.0")
 BASELINES = {"leading": (751, 501, 251, 1), "trailing": (999, 749, 499, 249), "linspace": (999, 666, 333, 0)}
@@ -122,3 +126,26 @@ def build(
 @pytest.fixture(scope="session")
 def make_report() -> Callable[..., SearchReport]:
     return build
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Maker], tuple[Any, Path]]:
+    """A random pipeline and the folder it was saved to; made once per kind."""
+    made: dict[Maker, tuple[Any, Path]] = {}
+
+    def save(maker: Maker) -> tuple[Any, Path]:
+        if maker not in made:
+            torch.manual_seed(0)
+            pipe, folder = maker(), tmp_path_factory.mktemp(maker.__name__)
+            pipe.set_progress_bar_config(disable=True)
+            for part in pipe.components.values():
+                if isinstance(part, torch.nn.Module):
+                    part.eval()  # as from_pretrained does: DiT drops labels in training mode
+            if hasattr(pipe, "text_encoder"):  # in half precision on disk, as many hub models are
+                pipe.text_encoder.half()
+            pipe.save_pretrained(folder)
+            pipe.to(torch.float32)
+            made[maker] = pipe, folder
+        return made[maker]
+
+    return save

@@ -1,9 +1,7 @@
 """reproduce.py and the stock call are really run, and compared with following the plan and with each other."""
 
-import runpy
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,158 +10,34 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
-    DDIMPipeline,
     DDIMScheduler,
-    DiTPipeline,
-    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
 )
 from lissom.core.candidate import SamplingPlan, Scheduler, Step
-from lissom.core.driving import follow
 from lissom.core.errors import UserError
 from lissom.core.spacing import fixed
 from lissom.report import reproduce
 from lissom.report.reproduce import ModelCall
+from lissom.tests.report.scripts import (
+    BETAS,
+    PROMPTS,
+    SEEDS,
+    TIMES,
+    TOLERANCE,
+    Maker,
+    call_of,
+    dit,
+    followed,
+    largest_difference,
+    plan_of,
+    run_here,
+    stable_diffusion,
+    stable_diffusion_3,
+    unconditional,
+)
 from lissom.zoo import _models
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-
-SEEDS = tuple(2**62 + i for i in range(3))  # as large as image seeds get
-PROMPTS = ({"prompt": 'a photo of a "sneaker"', "label": 7}, {"prompt": "a photo of a \\ bag", "label": 8})
-TIMES = (930, 612, 391, 40)
-TOLERANCE = 1e-4
-BETAS: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-Maker = Callable[[], Any]
-
-
-def vae() -> AutoencoderKL:
-    return AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4, sample_size=8, shift_factor=0.0)
-
-
-def stable_diffusion() -> StableDiffusionPipeline:
-    tokens = _models.tokenizer()
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=_models.TEXT_WIDTH,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-    parts = {"vae": vae(), "text_encoder": _models.text_encoder(tokens), "tokenizer": tokens, "unet": unet}
-    extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return StableDiffusionPipeline(**parts, **extra, scheduler=_models.scheduler())
-
-
-def stable_diffusion_3() -> StableDiffusion3Pipeline:
-    tokens = _models.tokenizer()
-    width = {"hidden_size": 16, "projection_dim": 16, "intermediate_size": 16, "num_hidden_layers": 2}
-    text = CLIPTextConfig(vocab_size=len(tokens), num_attention_heads=2, max_position_embeddings=_models.CONTEXT, **width)
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        caption_projection_dim=16,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        pos_embed_max_size=8,
-    )
-    t5 = T5EncoderModel(T5Config(vocab_size=len(tokens), d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
-    encoders = {f"text_encoder{n}": CLIPTextModelWithProjection(text) for n in ("", "_2")} | {"text_encoder_3": t5}
-    tokenizers = {f"tokenizer{n}": tokens for n in ("", "_2", "_3")}
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return StableDiffusion3Pipeline(**encoders, **tokenizers, vae=vae(), transformer=transformer, scheduler=scheduler)
-
-
-def dit() -> DiTPipeline:
-    transformer = DiTTransformer2DModel(
-        sample_size=8, in_channels=4, out_channels=4, num_layers=3, num_attention_heads=2, attention_head_dim=8
-    )
-    return DiTPipeline(transformer, vae(), DDIMScheduler(clip_sample=False))
-
-
-def unconditional() -> DDIMPipeline:
-    unet = UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D"),
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
-    return DDIMPipeline(unet, DDIMScheduler())
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Maker], tuple[Any, Path]]:
-    """A random pipeline and the folder it was saved to; made once per kind."""
-    made: dict[Maker, tuple[Any, Path]] = {}
-
-    def save(maker: Maker) -> tuple[Any, Path]:
-        if maker not in made:
-            torch.manual_seed(0)
-            pipe, folder = maker(), tmp_path_factory.mktemp(maker.__name__)
-            pipe.set_progress_bar_config(disable=True)
-            for part in pipe.components.values():
-                if isinstance(part, torch.nn.Module):
-                    part.eval()  # as from_pretrained does: DiT drops labels in training mode
-            if hasattr(pipe, "text_encoder"):  # in half precision on disk, as many hub models are
-                pipe.text_encoder.half()
-            pipe.save_pretrained(folder)
-            pipe.to(torch.float32)
-            made[maker] = pipe, folder
-        return made[maker]
-
-    return save
-
-
-def plan_of(scheduler: Any, skips: dict[int, tuple[str, ...]] | None = None, times: tuple[float, ...] = TIMES) -> SamplingPlan:
-    steps = tuple(Step(timestep=t, skip=(skips or {}).get(i, ())) for i, t in enumerate(times))
-    return SamplingPlan(scheduler=Scheduler.of(scheduler), steps=steps)
-
-
-def call_of(pipe: Any, folder: Path, plan: SamplingPlan, rows: tuple[Any, ...], **arguments: Any) -> ModelCall:
-    name = "unet" if hasattr(pipe, "unet") else "transformer"
-    layers = reproduce.layer_classes(getattr(pipe, name), plan)
-    return ModelCall(type(pipe).__name__, str(folder), SEEDS, rows, arguments, layers, denoiser=name)
-
-
-def followed(pipe: Any, plan: SamplingPlan, rows: tuple[Any, ...], **arguments: Any) -> np.ndarray:
-    """The images that lissom makes: (N, H, W, 3) in 0..1."""
-    keys = [key for key in rows[0] if key != "label"]
-    inputs: dict[str, Any] = {key: [rows[i % len(rows)][key] for i in range(len(SEEDS))] for key in keys}
-    if not keys:
-        inputs["batch_size"] = len(SEEDS)
-    inputs["generator"] = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    with follow(pipe, plan):
-        return pipe(**inputs, **arguments, num_inference_steps=len(plan.steps), output_type="np").images
-
-
-def largest_difference(a: np.ndarray, b: np.ndarray) -> float:
-    assert a.shape == b.shape
-    return float(np.abs(a - b).max())
-
-
-def run_here(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    script, out = tmp_path / "reproduce.py", tmp_path / "pixels.npy"
-    script.write_text(text)
-    monkeypatch.setattr(sys, "argv", [str(script), "--save", str(out), "--out", str(tmp_path / "sheet.png"), "--batch", "2"])
-    runpy.run_path(str(script), run_name="__main__")
-    return np.load(out)
 
 
 def test_in_a_fresh_process_without_lissom(saved: Any, tmp_path: Path) -> None:
@@ -363,30 +237,3 @@ def test_refusals(scheduler: Any, changes: dict[str, Any], word: str) -> None:
         plan = plan_of(scheduler, {1: ("mid_block.attentions.0",)})
         reproduce.emit(plan, ModelCall(reference="x", seeds=SEEDS, **given))
     assert word in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("maker", "rows", "scheduler", "layers"),
-    [
-        (stable_diffusion, PROMPTS, None, ("down_blocks.0", "mid_block", "up_blocks.1.attentions.1")),
-        (stable_diffusion, PROMPTS, diffusers.HeunDiscreteScheduler(**BETAS), ("up_blocks.1", "down_blocks.0.resnets.0")),
-        (stable_diffusion, PROMPTS, diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True), ("up_blocks.1.attentions.0",)),
-        (stable_diffusion_3, PROMPTS, None, ("transformer_blocks.0", "transformer_blocks.1.ff")),
-        (dit, ({"class_labels": 3}, {"class_labels": 5}), None, ("transformer_blocks.1", "transformer_blocks.0.attn1")),
-        (unconditional, ({},), None, ("up_blocks.0", "down_blocks.0.attentions.0")),
-    ],
-    ids=["sd", "sd-heun", "sd-plms", "sd3", "dit", "unconditional"],
-)
-def test_reuse(
-    maker: Maker, rows: Any, scheduler: Any, layers: Any, saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pipe, folder = saved(maker)
-    plan = plan_of(scheduler or pipe.scheduler, {3: layers[-1:]})
-    steps = (s.model_copy(update={"reuse": layers}) if i in (1, 2) else s for i, s in enumerate(plan.steps))
-    reusing = plan.model_copy(update={"steps": tuple(steps)})
-    text = reproduce.emit(reusing, call_of(pipe, folder, reusing, rows))
-    assert len(text.splitlines()) < 100
-    want = followed(pipe, reusing, rows)
-    assert largest_difference(run_here(text, tmp_path, monkeypatch), want) < TOLERANCE
-    assert largest_difference(want, followed(pipe, reusing.executing("reuse"), rows)) > 2 * TOLERANCE
-    assert reproduce.stock_call(reusing, type(pipe).__name__) is None

@@ -1,6 +1,7 @@
 """Spaces with everything in them, stand-ins for quality that need no model, and a way to play a method against them."""
 
 import random
+from dataclasses import replace
 
 from lissom.core import methods
 from lissom.core.candidate import Cut, Scheduler, Seeds, Step
@@ -29,12 +30,20 @@ PRICES = {
 }
 
 
+MADE_BY = {"macs": {"small": 20, "large": 180}, "latency": {"small": 6, "large": 30}}  # what other models cost
+
+
 def space(
-    steps=4, budget=None, layers=LAYERS, sites=SITES, high=999.0, whole=True, prices=PRICES, evaluations=(), ways=("skip",)
-):
+    steps=4, budget=None, layers=LAYERS, sites=SITES, high=999.0, whole=True, prices=PRICES, evaluations=(), ways=("skip",),
+    models=(),
+):  # fmt: skip
+    if models:
+        its = {name: {m: cost for m, cost in MADE_BY.get(name, {}).items() if m in models} for name in prices}
+        prices = {name: replace(price, models=its[name]) for name, price in prices.items()}
     return Space(
         scheduler=Scheduler(name="DDIMScheduler"), steps=steps, low=0.0 if whole else 1.0, high=high, whole=whole,
         prices=prices, layers=layers, sites=sites, budget=budget or {}, evaluations=evaluations, ways=ways,
+        models=tuple(models),
     )  # fmt: skip
 
 
@@ -58,7 +67,9 @@ def quality(request):
     steps = request.candidate.plan.steps
     off = sum(abs(s.timestep - t) for s, t in zip(steps, BEST, strict=False))
     left_out = 5 * sum(len(s.skip) for s in steps) + 2 * sum(len(s.reuse) for s in steps)
-    return 1 + off + left_out + 8 * len(request.candidate.cuts)
+    small = sum(9 * (1000 - s.timestep) / 1000 for s in steps if s.model == "small")  # harmless in the noise
+    large = 3 * sum(s.model == "large" for s in steps)
+    return 1 + off + left_out + small - large + 8 * len(request.candidate.cuts)
 
 
 def answer(request, number, fails=lambda n: False):

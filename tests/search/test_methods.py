@@ -11,9 +11,11 @@ from lissom.search._space import Genome
 from lissom.tests.search.landscape import BEST, LAYERS, SEEDS, best, hypervolume, plain, play, quality, space, task
 
 NAMES = methods.names("search")
+VARIED = {"timesteps", "skips", "reuse", "models", "cuts"}
 FRONTS = {"nsga2"}  # these need two objectives
-CASES = [(n, ("fid",)) for n in NAMES if n not in FRONTS]
-CASES += [(n, ("fid", "macs")) for n in NAMES if methods.load("search", n).several]
+FREE = [n for n in NAMES if not getattr(methods.load("search", n), "needs", None)]  # sweeps end: see test_models
+CASES = [(n, ("fid",)) for n in FREE if n not in FRONTS]
+CASES += [(n, ("fid", "macs")) for n in FREE if methods.load("search", n).several]
 ALL = pytest.mark.parametrize(("name", "objectives"), CASES, ids=[f"{n}-{len(o)}" for n, o in CASES])
 UNIFORM = ((999, 749, 499, 249), (750, 500, 250, 0))
 
@@ -24,7 +26,7 @@ def test_names_its_paper_documents_every_knob_and_says_what_it_can_do(name):
     assert re.match(r"https://", module.Config.paper) and module.__doc__ and module.Config.__doc__
     assert module.Config.model_config["frozen"] and module.Config.model_config["extra"] == "forbid"
     assert set(methods.comments(module)) >= set(module.Config.model_fields)
-    assert isinstance(module.several, bool) and {"timesteps"} <= module.varies <= {"timesteps", "skips", "reuse", "cuts"}
+    assert isinstance(module.several, bool) and {"timesteps"} <= module.varies <= VARIED
 
 
 @ALL

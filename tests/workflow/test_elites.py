@@ -31,8 +31,8 @@ def test_the_winner_in_parts() -> None:
     found = parts(winner)
     assert list(found) == ["timesteps", "skips", "reuse", "cuts"]
     assert found["timesteps"].plan == plan(900, 400) and found["skips"].plan == whole and found["reuse"].plan == winner.plan
-    assert found["cuts"] == winner and list(parts(Candidate(plan=whole.executing("skip")))) == ["timesteps"]
-    reusing = winner.plan.executing("skip") if winner.plan else None
+    assert found["cuts"] == winner and list(parts(Candidate(plan=whole.without("skip")))) == ["timesteps"]
+    reusing = winner.plan.without("skip") if winner.plan else None
     assert list(parts(Candidate(plan=reusing))) == ["timesteps", "reuse"]
 
 
