@@ -17,6 +17,8 @@ from torch import Tensor, nn
 class Experts(nn.Module):
     """Takes the place of a Conv2d: (B, C, H, W) -> (B, C', H', W')."""
 
+    reads_parts = True  # the weights of its experts, which it does not run
+
     def __init__(self, convolutions: Any) -> None:
         """convolutions: Conv2d of one shape; the first is the one that was there."""
         super().__init__()

@@ -150,21 +150,24 @@ _DTYPES = {
 def rounded(denoiser: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Inside, a denoiser computes with the weights that it has after being saved in this type, in its own type again.
 
-    The weights are rounded while the module that holds them runs: there is no second copy of the model.
+    The weights are rounded while the module that holds them runs, or that reads those of its parts: there is no second copy of
+    the model.
     """
-    held: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    held: list[list[tuple[dict[str, Any], dict[str, Any]]]] = []
 
     def swap(module: Any, *_: Any) -> None:
-        places: list[tuple[dict[str, Any], set[str]]]
-        places = [(module._parameters, set()), (module._buffers, module._non_persistent_buffers_set)]
+        parts: list[Any] = [*module.modules()] if getattr(module, "reads_parts", False) else [module]
+        places: list[tuple[dict[str, Any], set[str]]] = []
+        for part in parts:
+            places += [(part._parameters, set()), (part._buffers, part._non_persistent_buffers_set)]
+        held.append([(place, dict(place)) for place, _ in places])
         for place, not_saved in places:
-            held.append((place, dict(place)))
             for name, value in place.items():
                 if value is not None and value.is_floating_point() and not value.is_meta and name not in not_saved:
                     place[name] = value.detach().to(dtype).to(value.dtype)
 
     def back(*_: Any) -> None:
-        for place, before in (held.pop(), held.pop()):
+        for place, before in held.pop():
             place.update(before)
 
     hooks = []

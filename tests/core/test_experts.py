@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from lissom.core import cost, export, stock, surgery
+from lissom.core import cost, export, stock, surgery, weights
 from lissom.core.candidate import Cut
 from lissom.core.experts import Experts, mixed
 from lissom.core.surgery import CannotCut
@@ -113,3 +113,18 @@ def test_an_expert_that_is_still_there_is_refused() -> None:
     assert isinstance(unet.get_submodule(address), nn.Conv2d)
     with pytest.raises(CannotCut, match=r"down_blocks.0.resnets.9.conv2: the denoiser has no such layer"):
         surgery.apply(unet, [cut.model_copy(update={"value": "experts down_blocks.0.resnets.9.conv2"})])
+
+
+def test_weights_that_are_rounded_for_saving_are_so_inside_experts_too() -> None:
+    """Experts read the weights of convolutions that they do not run."""
+    made = Experts(convolutions())
+    with torch.no_grad():
+        made.router.weight.normal_(), made.router.bias.normal_()
+    saved = Experts(convolutions())
+    saved.load_state_dict({name: value.half().float() for name, value in made.state_dict().items()})
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    with weights.rounded(made, torch.float16), torch.no_grad():
+        assert torch.equal(made(INPUT), saved(INPUT))
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+    with torch.no_grad():
+        assert not torch.equal(made(INPUT), saved(INPUT))
