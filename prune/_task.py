@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from ..core.anatomy import Layer
     from ..core.widths import Width
+    from ._learning import Lesson
 
     # (stride, counts) -> a context, inside which the gradients of the training loss L_t of `denoiser`, summed over noise levels
     # t, are in the `.grad` of its parameters, zero for what no loss reaches; the context gives L_t by t. Every stride-th level
@@ -79,6 +80,14 @@ def _no_widths(cuts: tuple[Cut, ...]) -> float:
     raise UserError("the method asks what widths save, but does not say `narrows = True`.")
 
 
+def _no_calls() -> None:
+    raise UserError("the method asks for recorded calls, but does not say `calibrated = True`.")
+
+
+def _no_lesson() -> "Lesson":
+    raise UserError('the method asks for something to learn from, but does not say `calibrated = "learned"`.')
+
+
 @dataclass(frozen=True)
 class Task:
     """A denoiser and how much of it must go."""
@@ -95,6 +104,8 @@ class Task:
     widths: tuple["Width", ...] = ()
     saves: Callable[[tuple[Cut, ...]], float] = _no_widths
     gradients: "Gradients" = _no_gradients  # of a method that says `calibrated = "gradients"`
+    run: Callable[[], None] = _no_calls  # runs the denoiser on all recorded calls, of a method that says `calibrated = True`
+    lesson: "Callable[[], Lesson]" = _no_lesson  # of a method that says `calibrated = "learned"`; made when it is asked for
 
 
 def enough(saved: float, need: float) -> bool:

@@ -48,6 +48,15 @@ class Losses:
             self.progress.advance(fresh=bool(missing))
         return [self._mean(name) if options[i] else 0.0 for i, name in enumerate(names)]
 
+    def run(self) -> None:
+        """Run the denoiser on all recorded calls: for methods that watch it."""
+        import torch
+
+        denoiser = next(iter(self.denoisers.values()))
+        with torch.no_grad():
+            for call in self.inputs:
+                denoiser(**call.kwargs)
+
     def facts(self) -> dict[str, object]:
         """What the losses were measured on, for the report."""
         images = sum(len(call.images) for call in self.inputs)

@@ -62,6 +62,8 @@ def _work(stage: PruneStage, job: Job, default: int) -> dict[str, Any]:
     scored = {o.cuts for space in job.spaces for site in (*space.sites, (space.base,)) for o in site if o.cuts}
     if job.module.calibrated == "gradients":
         return _passes(stage, job, default)
+    if job.module.calibrated == "learned":
+        return _learned(stage, job, default)
     if job.module.calibrated != "latents":
         return {"scored": len(scored), "denoiser_calls": len(scored) * min(stage.times, stage.calibration)}
     steps = trajectory_steps(job) or default
@@ -77,12 +79,26 @@ def _passes(stage: PruneStage, job: Job, default: int) -> dict[str, Any]:
     return {"scored": len(job.widths), "visited": visited, "denoiser_forwards": made + passes, "denoiser_backwards": passes}
 
 
+def _learned(stage: PruneStage, job: Job, default: int) -> dict[str, Any]:
+    """Of samples that are learned from: a forward and a backward of each, and what makes the images."""
+    config = job.config
+    made = config.images * (config.data_steps or default) if stage.data in (None, "teacher") else 0
+    passes = config.iterations * config.batch
+    steps = {"learning_steps": config.iterations, "samples_in_a_step": config.batch}
+    return {"scored": len(job.layers), **steps, "denoiser_forwards": made + passes, "denoiser_backwards": passes}
+
+
 def say(found: dict[str, Any]) -> str:
     """The estimate for people."""
     before, after = found["before"], found["after"]
     bound = "at most " if after.get("at_most") else ""
     parts = [f"{before[key]:,} -> {bound}{after[key]:,} {unit}" for key, unit in UNITS.items()]
     text = f"{found['stage']} on {found['model']}: " + "; ".join(parts)
+    if "learning_steps" in found:
+        return text + (
+            f". {found['learning_steps']:,} steps of {found['samples_in_a_step']} samples learn which of {found['scored']} layers stay: "
+            f"{found['denoiser_forwards']:,} forwards and {found['denoiser_backwards']:,} backward passes of one image"
+        )
     if "denoiser_backwards" in found:
         return text + (
             f". Gradients at no more than {found['visited']} noise levels decide what goes from {found['scored']} layers: "

@@ -93,10 +93,21 @@ def job_of(
         raise UserError(
             f"{stage.method}: visits the noise levels one after the other, so that times chooses none. Leave it out."
         )
+    if module.calibrated == "learned":
+        _check_learned(stage)
+    if structured(config) and stage.keep is not None:
+        raise UserError(
+            f"{stage.method}: structure says how many blocks stay, so that there is no keep to set. Leave one of them out."
+        )
     if own:
         return Job(module, config, gauge, (), (), float(gauge.params + others), 0.0)
+    usual = getattr(module, "units", UNITS)
+    if usual is not UNITS and not stage.units and not any(layer.kind in usual for layer in gauge.layers()):
+        raise UserError(
+            f"{stage.method}: {name} has no transformer blocks, of which some could stay. laptop cuts the layers of any denoiser."
+        )
     widths = _widths.chosen(stage, gauge, name) if getattr(module, "narrows", False) else ()
-    layers = tuple(_widths.listed(gauge, widths) if widths else cuttable(stage, gauge, name))
+    layers = tuple(_widths.listed(gauge, widths) if widths else cuttable(stage, gauge, name, usual))
     if widths:
         total, saves = float(gauge.macs if stage.of == "macs" else gauge.params + others), _widths.saves(gauge, stage.of)
     elif stage.of == "latency":
@@ -109,7 +120,7 @@ def job_of(
         total, table = float(gauge.params + others), {layer.address: float(layer.freed) for layer in layers}
         saves = _spaces.per_layer(table, gauge.counted, lambda cuts: float(gauge.params_saved(cuts)))
     keep = stage.share
-    need = (1 - keep) * total
+    need = (1 - keep) * total if not structured(config) else 0.0
     if widths:
         spaces = [_widths.space(widths, saves)]
     elif stage.require_plain_load:
@@ -125,6 +136,21 @@ def job_of(
         )
     reach = tuple(space for space in spaces if space.most >= need * (1 - 1e-9))
     return Job(module, config, gauge, layers, reach, total, need, stage.of, widths)
+
+
+def structured(config: Any) -> bool:
+    """Whether a method was told which structure to leave, so that no target says how much goes."""
+    return getattr(config, "structure", None) is not None
+
+
+def _check_learned(stage: PruneStage) -> None:
+    """UserError for settings of recorded calls, where noised samples are learned from."""
+    fields = PruneStage.model_fields
+    for name in ("times", "calibration"):
+        if getattr(stage, name) != fields[name].default:
+            raise UserError(
+                f"{stage.method}: learns from samples of its own (images, batch), so that {name} has no effect. Leave it out."
+            )
 
 
 def _check_latents(stage: PruneStage) -> None:
@@ -155,16 +181,19 @@ def choose(job: Job, losses: "Losses | Gradients | None", seed: int, progress: P
     task = Task(job.gauge.denoiser, job.layers, job.spaces, job.need, losses or none, progress.say)
     if job.widths:
         task = replace(task, widths=job.widths, saves=_widths.saves(job.gauge, job.of))
-    if (gradients := getattr(losses, "gradients", None)) is not None:
-        task = replace(task, gradients=gradients)
+    given = {name: found for name in ("gradients", "run", "lesson") if (found := getattr(losses, name, None)) is not None}
+    task = replace(task, **given)
     result: Pruned = job.module.prune(task, job.config, random.Random(seed))
     for text in result.warnings:
         progress.warn(f"{job.module.__name__.rpartition('.')[2]}: {text}")
     return result
 
 
-def cuttable(stage: PruneStage, gauge: Gauge, name: str) -> "list[Layer]":
-    """The layers that may be cut: of the units asked for, matching the patterns, none inside another."""
+def cuttable(stage: PruneStage, gauge: Gauge, name: str, usual: Sequence[str] = UNITS) -> "list[Layer]":
+    """The layers that may be cut: of the units asked for, matching the patterns, none inside another.
+
+    usual: the units where none are asked for.
+    """
     from ..core import surgery
 
     operators = gauge.operators() if OPERATOR in stage.units else []
@@ -179,9 +208,9 @@ def cuttable(stage: PruneStage, gauge: Gauge, name: str) -> "list[Layer]":
         raise UserError(
             f"units: {unknown[0]!r}: {name} has none; there are {', '.join(there)}.{methods.suggest(unknown[0], there)}"
         )
-    units = stage.units or UNITS
+    units = stage.units or usual
     found = [layer for layer in everything if layer.kind in units]
-    if not stage.units:  # an attention of several transformer blocks is cut block by block
+    if not stage.units and "attention" in units:  # an attention of several transformer blocks is cut block by block
         inner = {
             layer.address.rpartition(".transformer_blocks.")[0] for layer in found if ".transformer_blocks." in layer.address
         }

@@ -13,7 +13,9 @@ from ..report import prune_html, prune_markdown
 from ..report.prune_schema import Additivity, Latency, LayerScore, PruneReport, Size
 from ._gradients import Gradients
 from ._latents import Latents
+from ._lesson import Lessons
 from ._losses import Losses
+from ._prune_job import structured
 from ._report import again, environment
 from ._subject import Subject
 
@@ -54,7 +56,7 @@ def build(
     result: "Pruned",
     saved: "Saved",
     measured: Measured,
-    losses: Losses | Latents | Gradients | None,
+    losses: Losses | Latents | Gradients | Lessons | None,
     folder: Path,
 ) -> PruneReport:
     """The report of a stage, without images: those are scored later. subject: the parent."""
@@ -71,7 +73,7 @@ def build(
         paper=module.Config.paper,
         stage={k: v for k, v in stage.plain().items() if k != "settings"},
         seed=subject.context.recipe.seed,
-        keep=None if getattr(module, "own_target", False) else stage.share,
+        keep=None if getattr(module, "own_target", False) or structured(job.config) else stage.share,
         of=stage.of,
         before=measured.before,
         after=measured.after,
@@ -162,7 +164,9 @@ def additivity(result: "Pruned") -> Additivity | None:
     return Additivity(sums=sums, losses=reals, rank_correlation=rank, ratio=median(real / s for s, real in pairs))
 
 
-def _calibration(stage: PruneStage, subject: Subject, losses: Losses | Latents | Gradients | None) -> dict[str, object]:
+def _calibration(
+    stage: PruneStage, subject: Subject, losses: Losses | Latents | Gradients | Lessons | None
+) -> dict[str, object]:
     if losses is None:
         return {}
     source = "the model's own trajectories" if stage.data in (None, "teacher") else stage.data

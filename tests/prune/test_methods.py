@@ -17,10 +17,13 @@ from lissom.tests.prune import given
 from lissom.workflow._prune_job import Job
 
 ALL = pytest.mark.parametrize("method", methods.names("prune"))
+DEPTH = {name for name in methods.names("prune") if hasattr(methods.load("prune", name), "units")}  # test_depth is for these
+LAYERS = [name for name in methods.names("prune") if name not in DEPTH]
+OTHERS = pytest.mark.parametrize("method", LAYERS)
 SETTINGS: dict[str, dict[str, Any]] = {"slim_unet": {"layers_per_block": 1}}  # a method without defaults needs some
 NARROWS = {name for name in methods.names("prune") if getattr(methods.load("prune", name), "narrows", False)}
-TARGETED = [name for name in methods.names("prune") if not hasattr(methods.load("prune", name), "own_target")]
-EITHER = [(method, plain) for method in methods.names("prune") for plain in (False, True) if not (plain and method in NARROWS)]
+TARGETED = [name for name in LAYERS if not hasattr(methods.load("prune", name), "own_target")]
+EITHER = [(method, plain) for method in LAYERS for plain in (False, True) if not (plain and method in NARROWS)]
 CHOSEN = [(method, plain) for method, plain in EITHER if method in TARGETED]
 
 
@@ -39,7 +42,7 @@ def play(method: str, task: Task, seed: int = 0, **settings: Any) -> Pruned:
 @ALL
 def test_names_its_paper_and_documents_every_knob(method: str) -> None:
     module = methods.load("prune", method)
-    assert module.__doc__ and module.Config.__doc__ and module.calibrated in (True, False, "latents", "gradients")
+    assert module.__doc__ and module.Config.__doc__ and module.calibrated in (True, False, "latents", "gradients", "learned")
     assert hasattr(module, "measure") == (module.calibrated == "latents")
     assert module.Config.model_config["frozen"] and module.Config.model_config["extra"] == "forbid"
     assert re.match(r"https://", module.Config.paper) or method.startswith("random_")
@@ -48,7 +51,7 @@ def test_names_its_paper_and_documents_every_knob(method: str) -> None:
         module.Config.model_validate({"no such knob": 1})
 
 
-@ALL
+@OTHERS
 def test_the_same_seed_makes_the_same_cuts_and_they_survive_json(method: str) -> None:
     task = given.ask(whole(method), keep=0.7)
     first, again = play(method, task), play(method, task)
@@ -123,7 +126,7 @@ def test_the_target_may_be_in_milliseconds(method: str) -> None:
     assert sum(saved[cut] for cut in cuts) >= 0.3 * job.total * (1 - 1e-9)
 
 
-@ALL
+@OTHERS
 def test_a_copy_outside_the_package_is_a_method_too(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = methods.load("prune", method)
     theirs = types.ModuleType(f"mylab.{method}")
