@@ -11,7 +11,7 @@ from ._method import given, helper, run_one, short_name
 
 def distill(
     ctx: typer.Context,
-    preset: Annotated[str, typer.Argument(metavar="PRESET", help="A paper's sum of losses: bk, laptop, koala.")],
+    preset: Annotated[str, typer.Argument(metavar="PRESET", help="A paper's sum of losses: bk, laptop, koala, tinyfusion.")],
     student: Annotated[
         str, typer.Argument(metavar="STUDENT", help="The smaller model: the folder of a prune run, or any other.")
     ],

@@ -54,7 +54,8 @@ class Term:
 
     def __call__(self, seen: Seen) -> Tensor:
         if self.sites:
-            seen = Seen(seen.student, seen.target, seen.teacher, {site: seen.features[site] for site in self.sites})
+            own = {site: seen.features[site] for site in self.sites}
+            seen = Seen(seen.student, seen.target, seen.teacher, own, seen.done)
         value: Tensor = self.module.loss(seen, self.config)
         return value
 
@@ -250,7 +251,8 @@ class Trainer:
             features = {site: (ours[site.student], theirs[site.teacher]) for site in self.sites}
         if probing:
             self._fits(student, teacher, features)
-        return Seen(student, sample.target, teacher, features)
+        done = self.outcome.iteration / self.settings.iterations
+        return Seen(student, sample.target, teacher, features, done)
 
     @staticmethod
     def _forward(denoiser: nn.Module, kwargs: dict[str, Any]) -> Tensor:

@@ -45,6 +45,7 @@ class Seen:
     target: Tensor  # (B, C, …): what the sample's own noise says, C <= C'
     teacher: Tensor | None = None  # (B, C', …); None where no loss asks for a teacher
     features: Mapping[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of student and teacher, (B, …) each
+    done: float = 0.0  # share of the training that is over
 
 
 def mean_square(a: Tensor, b: Tensor) -> Tensor:

@@ -42,6 +42,26 @@ def self_attentions(pairing: Pairing) -> list[Site]:
     return _of_kinds(pairing, ("self_attention",))
 
 
+def carried(pairing: Pairing) -> list[Site]:
+    """The outputs of all transformer blocks that the student still has, each against the teacher's last block before the next one
+    that stayed: what the removed blocks after it did is its to do.
+    """
+    found = blocks(pairing)
+    there: dict[str, list[str]] = {}  # the teacher's blocks, by the list that they are in
+    for layer in anatomy.layers(pairing.teacher):
+        if layer.kind == "transformer_block":
+            there.setdefault(layer.address.rpartition(".")[0], []).append(layer.address)
+    stayed = {site.teacher for site in found}
+    sites = []
+    for site in found:
+        after = there[site.teacher.rpartition(".")[0]]
+        last = after.index(site.teacher)
+        while last + 1 < len(after) and after[last + 1] not in stayed:
+            last += 1
+        sites.append(Site(site.student, after[last]))
+    return sites
+
+
 AT: dict[str, Callable[[Pairing], list[Site]]] = {"stages": stages, "layers": layers, "blocks": blocks}
 
 

@@ -65,3 +65,51 @@ def test_every_preset_names_losses_that_exist(name: str) -> None:
     preset = methods.presets()[name]
     assert set(preset.losses) <= set(methods.names("distill")) and min(preset.losses.values()) > 0
     assert preset.paper.startswith("https://arxiv.org/")
+
+
+def hidden(outlier: float = 0.0, samples: int = 2) -> torch.Tensor:
+    """(B, N, C) with one activation far out in the first sample."""
+    found = torch.randn(samples, 6, 8, generator=torch.Generator().manual_seed(0))
+    found[0, 2, 3] += outlier
+    return found
+
+
+def masked(student: torch.Tensor, teacher: torch.Tensor, done: float = 0.0, **settings: object) -> float:
+    one = seen(a=(student, teacher))
+    one = Seen(one.student, one.target, one.teacher, one.features, done)
+    return term("masked_features", sites=(A,), **settings)(one).item()
+
+
+def test_masked_features_leave_out_what_is_far_from_its_own_sample() -> None:
+    """Each by its own statistics: the teacher's outlier is zero to the student, whose own activation there is not."""
+    student, teacher = hidden(), hidden(1e3)
+    by_hand = []
+    for s, t in zip(student, teacher, strict=True):
+        ours = (s - s.mean()).abs() < 2 * s.std(unbiased=False)
+        theirs = (t - t.mean()).abs() < 2 * t.std(unbiased=False)
+        by_hand.append(((s * ours - t * theirs) ** 2).mean())
+    assert masked(student, teacher) == pytest.approx(float(torch.stack(by_hand).mean()), rel=1e-5)
+    assert masked(student, teacher) < 1.0 < masked(student, teacher, mask="none")
+    assert masked(student, teacher, mask="either") < masked(student, teacher)
+
+
+def test_masked_features_use_the_statistics_of_each_sample_alone() -> None:
+    student, teacher = hidden(), hidden() * torch.tensor([1.0, 100.0])[:, None, None]
+    alone = [masked(student[i : i + 1], teacher[i : i + 1]) for i in (0, 1)]
+    assert masked(student, teacher) == pytest.approx(sum(alone) / 2, rel=1e-5)
+
+
+def test_outliers_bring_no_nan_and_no_gradient_that_explodes() -> None:
+    student = hidden().requires_grad_()
+    one = seen(a=(student, hidden(1e3)))
+    found = term("masked_features", sites=(A,))(one)
+    found.backward()
+    assert student.grad is not None and bool(torch.isfinite(student.grad).all()) and float(student.grad.abs().max()) < 1.0
+    constant = torch.ones(1, 3, 4)
+    assert masked(constant, constant) == 0.0  # nothing is less than zero deviations from the mean
+
+
+def test_the_weight_of_masked_features_falls_to_zero() -> None:
+    values = [masked(hidden(), 2 * hidden(), done) for done in (0.0, 0.25, 1.0)]
+    assert values[1] == pytest.approx(0.75 * values[0]) and values[2] == 0.0
+    assert masked(hidden(), 2 * hidden(), 1.0, decay=False) == pytest.approx(values[0])

@@ -1,6 +1,7 @@
 """Where student and teacher are watched: the papers' sites, found through the names that a pruning keeps."""
 
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -124,3 +125,28 @@ def test_gradient_checkpointing_runs_a_layer_twice_and_changes_no_gradient() -> 
         found.append({k: p.grad.clone() for k, p in unet.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+
+@pytest.mark.parametrize(
+    ("gone", "want"),
+    [
+        (
+            range(0, 28, 2),
+            [*((k, 2 * k + 2) for k in range(13)), (13, 27)],
+        ),  # the odd blocks stayed: each gets the input it knows
+        (range(1, 28, 2), [(k, 2 * k + 1) for k in range(14)]),  # the even ones: the paper's map
+        ([1, 2, 5, 26, 27], [(0, 2), (1, 3), (2, 5), (3, 6), *((k, k + 3) for k in range(4, 22)), (22, 27)]),
+    ],
+)
+def test_a_block_answers_for_those_after_it_that_are_gone(gone: Iterable[int], want: list[tuple[int, int]]) -> None:
+    cuts = tuple(Cut(address=f"transformer_blocks.{k}", what="remove") for k in gone)
+    found = _sites.carried(pairing(given.gauge("config:dit-xl").denoiser, cuts))
+    assert [(int(s.student.rpartition(".")[2]), int(s.teacher.rpartition(".")[2])) for s in found] == want
+
+
+def test_blocks_answer_within_their_own_list() -> None:
+    cuts = tuple(Cut(address=a, what="remove") for a in ("transformer_blocks.2", "single_transformer_blocks.0"))
+    found = _sites.carried(pairing(given.DENOISERS["flux"](), cuts))
+    pairs = [(s.student, s.teacher) for s in found]
+    assert ("transformer_blocks.1", "transformer_blocks.2") in pairs
+    assert ("single_transformer_blocks.0", "single_transformer_blocks.1") in pairs and len(pairs) == 5
