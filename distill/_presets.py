@@ -27,15 +27,15 @@ PRESETS = {
         "LAPTOP-Diff: as bk, features normalised by the teacher's",
     ),
     # Task, output and self-attention features; the paper's weights are not in the texts that we could read.
+    "koala": Preset(
+        {"task": 1.0, "output": 1.0, "self_attention": 1.0},
+        "https://arxiv.org/abs/2312.04005",
+        "KOALA: as bk, the features those of self-attention",
+    ),
     # Output 0.9, task 0.1 and masked features at 1e-2, falling to zero, are the paper's (arXiv 2412.01199, Sec. 3.4, Table 6).
     "tinyfusion": Preset(
         {"output": 0.9, "task": 0.1, "masked_features": 0.01},
         "https://arxiv.org/abs/2412.01199",
         "TinyFusion: output 0.9, task 0.1, hidden states without outliers, fading out",
-    ),
-    "koala": Preset(
-        {"task": 1.0, "output": 1.0, "self_attention": 1.0},
-        "https://arxiv.org/abs/2312.04005",
-        "KOALA: as bk, the features those of self-attention",
     ),
 }
