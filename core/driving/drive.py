@@ -18,7 +18,9 @@ from .switch import lent, switch
 
 
 @contextlib.contextmanager
-def follow(pipe: Any, plan: SamplingPlan, *, memo: Memo | None = None, context: str = "") -> Iterator[Run]:
+def follow(
+    pipe: Any, plan: SamplingPlan, *, memo: Memo | None = None, context: str = "", inside: Sequence[Interceptor] = ()
+) -> Iterator[Run]:
     """Inside this context every call of `pipe` runs along `plan`, whatever `num_inference_steps` or `strength` it is given.
 
     The plan's scheduler takes the place of the pipeline's, so that a plan found with one solver is not run with another.
@@ -31,13 +33,14 @@ def follow(pipe: Any, plan: SamplingPlan, *, memo: Memo | None = None, context: 
     pipe: a diffusers pipeline with a scheduler and a denoiser (unet, transformer, ...), on any device, compiled or offloaded.
     memo: shares denoiser results with other plans that begin with the same steps; `context` names everything else that the
         results depend on and the inputs do not show (weights, adapters).
+    inside: further interceptors (`checkpoint`), which see the model that makes the step, with all its layers.
     Raises CannotFollow before any work if the plan does not fit, and at the end if the pipeline left planned steps out.
     Everything is put back at the end, also after an exception.
     """
     check(pipe, plan)
     first: list[Interceptor] = [Remember(memo, context)] if memo is not None else []
-    # The order is fixed: memo > reuse > another model > skip.
-    with drive(pipe, Run(plan, lent(pipe)), [*first, counted, reuse, switch, skip]) as run:
+    # The order is fixed: memo > reuse > another model > checkpoint > skip.
+    with drive(pipe, Run(plan, lent(pipe)), [*first, counted, reuse, switch, *inside, skip]) as run:
         yield run
     run.verify()
 

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -16,6 +16,10 @@ from ..errors import UserError
 
 class CannotFollow(UserError):
     """The plan cannot be followed with this pipeline or scheduler, or the pipeline left it. Says what to do instead."""
+
+
+class Ended(Exception):
+    """Stops a pipeline after the last planned step (`Run.ends`), before it decodes or converts what it has."""
 
 
 @dataclass
@@ -37,6 +41,7 @@ class Run:
     times: list[float] = field(default_factory=list)  # timestep of each eval
     where: list[int] = field(default_factory=list)  # index of the planned step of each eval
     short: int | None = None  # planned steps done by an earlier call that ended too soon
+    ends: bool = False  # raise Ended after the last planned step
     # What layers did that later steps reuse, since the timesteps were set: by (denoiser, ordinal) and address.
     features: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
     _prefixes: list[str] = field(default_factory=list)
@@ -57,6 +62,16 @@ class Run:
         self.last = sample
         self.evals += 1
         self.ordinal = 0
+        if self.ends and self.evals == len(self.times):
+            raise Ended
+
+    def still(self) -> Self:
+        """A copy that stays where the run is now, for what computes the same call again later.
+
+        Without the sample, which would be kept for as long. (Whatever keeps the run itself keeps the last sample, with a graph
+        that holds whatever will compute the call again: it would never be freed.)
+        """
+        return replace(self, last=None, features={})
 
     @property
     def index(self) -> int:
@@ -106,7 +121,9 @@ class Run:
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return copy.copy(self)  # own counters; the plan, the last sample and the generators are shared
+        copied = copy.copy(self)  # own counters; the plan, the last sample and the generators are shared
+        copied.ends = False  # it is the original's last step that ends the pipeline
+        return copied
 
 
 def kept(steps: Sequence[Step]) -> list[tuple[str, ...]]:
