@@ -74,9 +74,6 @@ class Gates(nn.Module):
         """Of every choice of every group, (C_k,) each. logits: averaged ones, instead of the present ones."""
         return [(scale * g.detach().float().cpu()).softmax(-1) for g in (logits or list(self.logits))]
 
-    def finite(self) -> bool:
-        return all(math.isfinite(float(g.detach().sum())) for g in self.logits)
-
 
 def _mixed(out: Any, kept: Any, mask: Tensor) -> Any:
     """m phi(x) + (1 - m) x of one output; of what the last block does not hand on, nothing."""

@@ -1,29 +1,38 @@
-"""Learning gates: the loop that TinyFusion and others share. Killed, it goes on exactly where it was."""
+"""Learning gates: what a method learns from, and the loop. Killed, it goes on exactly where it was."""
 
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ._depth_gates import Gates
+    from ..core.masking import Masks
 
 SAVE_SECONDS = 60.0  # between saves: kill -9 loses at most this much
 
 
 class Lesson(Protocol):
-    """What a method learns from. Everything about sample number n is a function of n and the run's seed."""
+    """What a method learns from. Everything about sample or trajectory number n is a function of n and the run's seed."""
 
     device: Any
     folder: Any
 
     def samples(self, positions: Sequence[int], salt: int) -> "tuple[dict[str, Any], Tensor]":
-        """Keyword arguments of the denoiser's forward, and what it should answer, (B, C, …). salt: another one, other noise."""
+        """Keyword arguments of the denoiser's forward, and what it should answer, (B, C, …). salt: another one, other noise.
+
+        Of a method that says `calibrated = "learned"`.
+        """
+
+    def distance(self, positions: Sequence[int], masks: "Masks") -> "Tensor":
+        """How far the final latents of whole trajectories move under masks: the mean square, as a share of the latents' variance.
+
+        With the graph of all steps. Of a method that says `calibrated = "trajectories"`.
+        """
 
     def load(self) -> dict[str, Any] | None:
         """The state that was saved last, if any; UserError where it is of another run."""
@@ -47,65 +56,53 @@ class Settings(Protocol):
     @property
     def iterations(self) -> int: ...
     @property
-    def batch(self) -> int: ...
-    @property
-    def update(self) -> Literal["lora", "full", "none"]: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def update_rate(self) -> float: ...
-    @property
-    def gate_rate(self) -> float: ...
-    @property
     def ema(self) -> float: ...
     @property
     def clip(self) -> float: ...
 
 
 class Loop:
-    """Trains gates, and an update of the weights that is thrown away at the end: the denoiser leaves as it came."""
+    """An optimiser over named parameters, an average of some of them, and a state that survives kill -9."""
 
     def __init__(
         self,
         lesson: Lesson,
-        denoiser: "nn.Module",
-        gates: "Gates",
+        groups: "Sequence[dict[str, Any]]",
+        averaged: "Mapping[str, nn.Parameter]",
         config: Settings,
-        draw: Callable[[int, int], None],
-        seed: int,
+        loss: "Callable[[int, int], Tensor]",
     ) -> None:
-        """draw: (step, samples) sets the gates' masks of that step. seed: of the first weights of the update."""
-        self.lesson, self.denoiser, self.gates, self.config, self.draw = lesson, denoiser, gates, config, draw
-        self.seed = seed
-        self.at, self.salt, self.restarts = 0, 0, 0
+        """groups: of AdamW, each with its `params` as a mapping of names. averaged: those whose mean is asked for.
 
-    def run(self) -> "list[Tensor]":
-        """Learn to the end; the averaged logits."""
+        loss: (step, salt) -> what the step makes smaller, with its graph. salt: another one, other noise; it changes after a NaN.
+        """
         import torch
 
+        self.lesson, self.config, self.loss, self.averaged = lesson, config, loss, averaged
+        self.named = {name: p for group in groups for name, p in group["params"].items()}
+        self.optimizer = torch.optim.AdamW([{**g, "params": list(g["params"].values())} for g in groups], weight_decay=0.0)
+        self.average = {name: p.detach().clone() for name, p in averaged.items()}
+        self.at, self.salt, self.restarts = 0, 0, 0
+
+    def run(self) -> "dict[str, Tensor]":
+        """Learn to the end; the averages."""
         c = self.config
-        with updated(self.denoiser, c.update, c.rank, self.seed) as weights, self.gates.on(self.denoiser):
-            groups = [{"params": list(self.gates.logits), "lr": c.gate_rate}]
-            groups += [{"params": list(weights.values()), "lr": c.update_rate}] if weights else []
-            self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-            self.weights = weights
-            self.average = [g.detach().clone() for g in self.gates.logits]
-            self._restore()
-            self.lesson.began(c.iterations)
-            for _ in range(self.at):
-                self.lesson.advance("", fresh=False)
-            saved = time.monotonic()
-            self._save()  # where a NaN of the first minute goes back to
-            while self.at < c.iterations:
-                loss = self._step()
-                if loss is None:
-                    self._back()
-                    continue
-                self.at += 1
-                self.lesson.advance(f"loss {loss:.4g}")
-                if self.at == c.iterations or time.monotonic() - saved > SAVE_SECONDS:
-                    self._save()
-                    saved = time.monotonic()
+        self._restore()
+        self.lesson.began(c.iterations)
+        for _ in range(self.at):
+            self.lesson.advance("", fresh=False)
+        saved = time.monotonic()
+        self._save()  # where a NaN of the first minute goes back to
+        while self.at < c.iterations:
+            loss = self._step()
+            if loss is None:
+                self._back()
+                continue
+            self.at += 1
+            self.lesson.advance(f"loss {loss:.4g}")
+            if self.at == c.iterations or time.monotonic() - saved > SAVE_SECONDS:
+                self._save()
+                saved = time.monotonic()
         return self.average
 
     def _step(self) -> float | None:
@@ -113,31 +110,27 @@ class Loop:
         import torch
 
         c = self.config
-        kwargs, target = self.lesson.samples(range(self.at * c.batch, (self.at + 1) * c.batch), self.salt)
-        self.draw(self.at, len(target))
+        self.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            answer = self.denoiser(**kwargs, return_dict=False)[0].float()[:, : target.shape[1]]
-            loss = torch.nn.functional.mse_loss(answer, target.to(answer))
-            self.optimizer.zero_grad(set_to_none=True)
+            loss = self.loss(self.at, self.salt)
             loss.backward()
-        every = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = float(torch.nn.utils.clip_grad_norm_(every, c.clip))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.named.values(), c.clip))
         if not math.isfinite(loss.item()) or not math.isfinite(norm):
             return None
         self.optimizer.step()
         decay = min(c.ema, (1 + self.at) / (10 + self.at))  # a short search is not averaged with its beginning
-        for mean, now in zip(self.average, self.gates.logits, strict=True):
-            mean.lerp_(now.detach(), 1 - decay)
-        return loss.item() if self.gates.finite() else None
+        for name, p in self.averaged.items():
+            self.average[name].lerp_(p.detach(), 1 - decay)
+        fine = all(bool(torch.isfinite(p.detach()).all()) for p in self.averaged.values())
+        return loss.item() if fine else None
 
     def _save(self) -> None:
         state = {
             "at": self.at,
             "salt": self.salt,
             "restarts": self.restarts,
-            "logits": [g.detach() for g in self.gates.logits],
+            "named": {name: p.detach() for name, p in self.named.items()},
             "average": self.average,
-            "weights": {name: p.detach() for name, p in self.weights.items()},
             "optimizer": self.optimizer.state_dict(),
         }
         self.lesson.save(state)
@@ -149,11 +142,9 @@ class Loop:
         if state is None:
             return
         with torch.no_grad():
-            for g, value in zip(self.gates.logits, state["logits"], strict=True):
-                g.copy_(value)
-            for name, p in self.weights.items():
-                p.copy_(state["weights"][name])
-        self.average = [value.to(g) for g, value in zip(self.gates.logits, state["average"], strict=True)]
+            for name, p in self.named.items():
+                p.copy_(state["named"][name])
+        self.average = {name: value.to(self.averaged[name]) for name, value in state["average"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
         self.at, self.salt, self.restarts = state["at"], state["salt"], state["restarts"]
 
@@ -163,7 +154,7 @@ class Loop:
         if self.restarts:
             raise UserError(
                 f"the loss or the gates became NaN or infinite in step {at}, for the second time. What was learned before is kept in "
-                f"{self.lesson.folder}. Lower update_rate and gate_rate."
+                f"{self.lesson.folder}. Lower the learning rates."
             )
         self._restore()
         self.restarts, self.salt = 1, self.salt + 1
@@ -174,7 +165,7 @@ class Loop:
 def updated(denoiser: "nn.Module", how: str, rank: int, seed: int = 0) -> "Iterator[dict[str, nn.Parameter]]":
     """Inside, a denoiser with weights that learn, by name: low-rank ones beside every linear layer, all of its own, or none.
 
-    Afterwards it has the layers, the weights and the settings that it had.
+    Afterwards it has the layers, the weights and the settings that it had. seed: of the first low-rank weights.
     """
     import torch
     from torch import nn

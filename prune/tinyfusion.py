@@ -16,13 +16,16 @@ likeliest choice, and that a target may say how many blocks go.
 """
 
 import random
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from ..core.errors import UserError
 from . import _depth
 from ._task import Pruned, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 calibrated = "learned"  # asks for samples to learn from
 units = _depth.KINDS
@@ -53,25 +56,30 @@ def prune(task: Task, config: Config, rng: random.Random) -> Pruned:
     import torch
 
     from ._depth_gates import Gates, decoded, staying
-    from ._learning import Loop
+    from ._learning import Loop, updated
 
     groups = _depth.groups(task, config, "tinyfusion")
-    lesson = task.lesson()
+    lesson, denoiser = task.lesson(), task.denoiser
     gates = Gates(groups, lesson.device)
     seed = rng.getrandbits(62)
     first, last = config.temperature
 
-    def draw(at: int, samples: int) -> None:
+    def loss(at: int, salt: int) -> "Tensor":
+        kwargs, target = lesson.samples(range(at * config.batch, (at + 1) * config.batch), salt)
         done = at / max(config.iterations - 1, 1)
         noise = torch.Generator().manual_seed((seed + at) % 2**63) if config.noise else None
-        gates.draw(samples, config.scale, first + (last - first) * done, noise)
+        gates.draw(len(target), config.scale, first + (last - first) * done, noise)
+        answer = denoiser(**kwargs, return_dict=False)[0].float()[:, : target.shape[1]]
+        return torch.nn.functional.mse_loss(answer, target.to(answer))
 
-    average = Loop(lesson, task.denoiser, gates, config, draw, seed).run()
-    chances = gates.probabilities(config.scale, average)
+    logits = {f"group {k}": g for k, g in enumerate(gates.logits)}
+    with updated(denoiser, config.update, config.rank, seed) as weights, gates.on(denoiser):
+        rates = [{"params": logits, "lr": config.gate_rate}]
+        rates += [{"params": weights, "lr": config.update_rate}] if weights else []
+        average = Loop(lesson, rates, logits, config, loss).run()
+    chances = gates.probabilities(config.scale, list(average.values()))
     gone, sure = decoded(groups, chances)
-    lesson.keep(
-        {f"group {k}": logits for k, logits in enumerate(average)}, {"groups": [[list(g.blocks), g.stay] for g in groups]}
-    )
+    lesson.keep(average, {"groups": [[list(g.blocks), g.stay] for g in groups]})
     if not gone and task.need > 0:
         raise UserError("tinyfusion: the structure keeps every block. Lower keep, or give a structure such as 1:2.")
     warnings = [
