@@ -8,7 +8,14 @@ import os
 from datetime import timedelta
 from typing import Any
 
+from .errors import UserError
+
 PATIENT = timedelta(days=30)  # others wait while the first prepares, samples and scores; a dead one ends them by the launcher
+REFUSED = (  # of accelerate's settings, with what to do instead
+    ("FSDP_VERSION", "1", "Launch with --use_fsdp --fsdp_version 2"),
+    ("FSDP_OFFLOAD_PARAMS", "true", "Leave it out, and start more processes where memory is short"),
+    ("FSDP_ACTIVATION_CHECKPOINTING", "true", "Leave it out, and give lissom --set checkpointing=true"),
+)
 
 
 def rank() -> int:
@@ -19,6 +26,21 @@ def rank() -> int:
 def count() -> int:
     """Processes that work together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@functools.cache
+def spread() -> bool:
+    """Whether the launch asks for weights that are spread over the processes: `accelerate launch --use_fsdp`.
+
+    Takes the wish out of the environment: accelerate would spread by rules of its own and on GPUs alone, and transformers load
+    empty weights in all processes but the first.
+    """
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and count() > 1
+    for name, value, instead in REFUSED if asked else ():
+        if os.environ.get(name, "").lower() == value:
+            raise UserError(f"accelerate launch --{name.lower()} {value}: not supported here. {instead}.")
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    return asked
 
 
 @functools.cache
@@ -34,6 +56,7 @@ class Team:
         """device: as given on the command line; on accelerators each process has its own."""
         from accelerate import PartialState
 
+        spread()  # before anything is loaded
         self.state = PartialState(cpu=device == "cpu", timeout=PATIENT)
         self.device = str(self.state.device)
         self._group: Any = None

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ..core.anatomy import uncompiled
 from ..core.errors import UserError
-from ..core.files import disk_errors, write_text
-from . import _checkpoint
+from ..core.files import disk_errors
+from . import _checkpoint, _spread
+from ._forward import check_fit, forward
 from ._seen import Pairing, Seen, Site, watching
 
 EVERY = 10  # iterations between lines of the log
@@ -102,10 +103,12 @@ class Trainer:
         identity: str,
         *,
         teacher_context: Callable[[], Any] = nullcontext,
+        spread: bool = False,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         """accelerator: an accelerate.Accelerator. folder: keeps checkpoint.pt and losses.jsonl. identity: of everything that
-        decides the training. teacher_context: entered around the teacher's forwards (see workflow: offload).
+        decides the training. teacher_context: entered around the teacher's forwards (see workflow: offload). spread: the
+        student's weights over the processes; it then has them inside `averaged` alone, in the first process.
         """
         share, rest = divmod(settings.batch, accelerator.num_processes * settings.accumulate)
         if rest or not share:
@@ -115,7 +118,9 @@ class Trainer:
             raise UserError(f"batch {settings.batch}: cannot be split evenly over {parts}. Choose a multiple of that.")
         self.pairing, self.terms, self.samples, self.settings = pairing, list(terms), samples, settings
         self.accelerator, self.folder, self.identity, self.say = accelerator, folder, identity, say
-        self.teacher_context, self.micro = teacher_context, share
+        self.teacher_context, self.micro, self.spread = teacher_context, share, spread
+        self.learner = pairing.student  # its weights are what learns: the student's own, or shares of them in a copy
+        self.model: nn.Module | None = None  # the learner as accelerate runs it
         self.sites = list(dict.fromkeys(site for term in self.terms for site in term.sites))
         self.taught = any(term.module.taught for term in self.terms)
         self.outcome = Outcome(0)
@@ -126,17 +131,24 @@ class Trainer:
 
     def scales(self) -> dict[str, float]:
         """Each term, unweighted, on the first samples. Freezes what no loss reaches; UserError where the models do not fit."""
-        student = self.pairing.student
+        student, reached = self.pairing.student, set[int]()
+
+        def reach(parameter: Tensor) -> None:
+            reached.add(id(parameter))
+            parameter.grad = None  # one at a time: all of them may not fit before they are spread
+
         student.requires_grad_(True)
         seen = self._seen(student, list(range(min(self.micro, 8))), probing=True)
         values = {term.name: term(seen) for term in self.terms}
         total = torch.stack([term.weight * values[term.name] for term in self.terms]).sum()
+        hooks = [parameter.register_post_accumulate_grad_hook(reach) for parameter in student.parameters()]
         total.backward()
+        for hook in hooks:
+            hook.remove()
         for parameter in student.parameters():
-            if parameter.grad is None:
+            if id(parameter) not in reached:
                 parameter.requires_grad_(False)
                 self.outcome.frozen += parameter.numel()
-            parameter.grad = None
         return {name: value.item() for name, value in values.items()}
 
     def run(self, check: Callable[[int], float] | None = None, advance: Callable[[str], None] = lambda note: None) -> Outcome:
@@ -145,11 +157,13 @@ class Trainer:
         check: called every `check_every` iterations with the averaged weights in the student. Raises UserError when the loss
         is not finite a second time.
         """
-        s, student = self.settings, self.pairing.student
-        optimizer = torch.optim.AdamW(
-            [p for p in student.parameters() if p.requires_grad], lr=s.learning_rate, weight_decay=s.weight_decay
-        )
-        self.model, self.optimizer = self.accelerator.prepare(student, optimizer)
+        s = self.settings
+        if self.spread:
+            self.learner = self._spread_out()
+        learning = [p for p in self.learner.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learning, lr=s.learning_rate, weight_decay=s.weight_decay)
+        self.model = self.learner if self.spread else self.accelerator.prepare(self.learner)
+        self.optimizer = self.accelerator.prepare(optimizer)
         self.average = self._average()
         self._load()
         saved = time.monotonic()
@@ -187,6 +201,11 @@ class Trainer:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the student has its averaged weights."""
+        if self.spread:
+            shares = self.learner.parameters() if self.average is None else self.average.shadow_params
+            with _spread.gathered(self.pairing.student, shares, self.accelerator.is_main_process):
+                yield
+            return
         if self.average is None:
             yield
             return
@@ -201,25 +220,42 @@ class Trainer:
     def _average(self) -> Any:
         from diffusers.training_utils import EMAModel
 
-        return EMAModel(self.pairing.student.parameters(), decay=self.settings.ema) if self.settings.ema else None
+        return EMAModel(self.learner.parameters(), decay=self.settings.ema) if self.settings.ema else None
+
+    def _spread_out(self) -> nn.Module:
+        """The student's weights over the processes; what learns then."""
+        student, sample, processes = self.pairing.student, self.samples([0], self.salt), self.accelerator.num_processes
+        with torch.no_grad(), self.accelerator.autocast():
+            learner = _spread.spread(student, lambda: forward(student, sample.kwargs), self.accelerator.device.type, processes)
+        held, count = _spread.held(learner.parameters()), sum(p.numel() for p in learner.parameters())
+        self.say(f"weights are spread over {processes} processes: {held:,} of {count:,} are in this one")
+        return learner
 
     def _update(self, at: int) -> dict[str, float] | None:
         """One optimiser step; the terms' values, or None where one is not finite."""
         s, sums = self.settings, torch.zeros(len(self.terms) + 1, device=self.accelerator.device)
         for group in self.optimizer.param_groups:
             group["lr"] = s.learning_rate * self._rate(at)
+        assert self.model is not None
         start = at * s.batch + self.accelerator.process_index * self.micro * s.accumulate
         for part in range(s.accumulate):
             last = part == s.accumulate - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            # To wait for the last part would take room for all gradients in each process: shares are summed after every part.
+            with nullcontext() if last or self.spread else self.accelerator.no_sync(self.model):
                 first = start + part * self.micro
                 seen = self._seen(self.model, list(range(first, first + self.micro)))
                 values = torch.stack([term(seen) for term in self.terms])
                 total = (values * values.new_tensor([term.weight for term in self.terms])).sum()
+                if (
+                    self.spread
+                ):  # a layer's weights are gathered again where the way back passes it: no loss may leave the output out
+                    total = total + 0.0 * seen.student.sum()
                 self.accelerator.backward(total / s.accumulate)
             sums += torch.cat([values.detach(), total.detach()[None]]).float() / s.accumulate
         sums = self.accelerator.reduce(sums, reduction="mean")
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), s.clip if s.clip is not None else math.inf)
+        norm = self.accelerator.clip_grad_norm_(self.learner.parameters(), s.clip if s.clip is not None else math.inf)
+        if self.spread:
+            norm = norm.full_tensor()
         found = dict(zip([*(term.name for term in self.terms), "total"], sums.tolist(), strict=True))
         fine = all(math.isfinite(v) for v in found.values()) and (
             math.isfinite(float(norm)) or self.accelerator.scaler is not None  # a scaler skips such a step, and goes on
@@ -227,7 +263,7 @@ class Trainer:
         if fine:
             self.optimizer.step()
             if self.average is not None:
-                self.average.step(self.pairing.student.parameters())
+                self.average.step(self.learner.parameters())
         self.optimizer.zero_grad(set_to_none=True)
         # An overflow under a scaler is no step, and not a number that JSON has.
         return {**found, "gradient_norm": float(norm) if math.isfinite(float(norm)) else 0.0} if fine else None
@@ -236,41 +272,24 @@ class Trainer:
         """Both models on the same samples."""
         sample = self.samples(positions, self.salt)
         teacher, theirs = None, dict[str, Tensor]()
+        watched = self.learner if model is self.model else uncompiled(self.pairing.student)
         with ExitStack() as stack:
-            ours = stack.enter_context(watching(uncompiled(self.pairing.student), [site.student for site in self.sites]))
+            ours = stack.enter_context(watching(watched, [site.student for site in self.sites]))
             if self.taught:
                 with (
                     torch.no_grad(),
                     self.teacher_context(),
                     watching(uncompiled(self.pairing.teacher), [site.teacher for site in self.sites]) as found,
                 ):
-                    teacher = self._forward(self.pairing.teacher, sample.kwargs).float()
+                    teacher = forward(self.pairing.teacher, sample.kwargs).float()
                     theirs = dict(found)
             with self.accelerator.autocast():
-                student = self._forward(model, sample.kwargs).float()
+                student = forward(model, sample.kwargs).float()
             features = {site: (ours[site.student], theirs[site.teacher]) for site in self.sites}
         if probing:
-            self._fits(student, teacher, features)
+            check_fit(student, teacher, features)
         done = self.outcome.iteration / self.settings.iterations
         return Seen(student, sample.target, teacher, features, done)
-
-    @staticmethod
-    def _forward(denoiser: nn.Module, kwargs: dict[str, Any]) -> Tensor:
-        first = next(p for p in denoiser.parameters() if p.is_floating_point())
-        out: Tensor = denoiser(**_cast(kwargs, first.dtype), return_dict=False)[0]
-        return out
-
-    def _fits(self, student: Tensor, teacher: Tensor | None, features: dict[Site, tuple[Tensor, Tensor]]) -> None:
-        """UserError that names the first place where shapes differ."""
-        pairs = [(site.student, site.teacher, ours, theirs) for site, (ours, theirs) in features.items()]
-        if teacher is not None:
-            pairs.append(("the output", "the output", student, teacher))
-        for ours, theirs, a, b in pairs:
-            if a.shape != b.shape:
-                raise UserError(
-                    f"student and teacher do not fit: {ours} of the student is {tuple(a.shape)}, {theirs} of the teacher is "
-                    f"{tuple(b.shape)}. Name the model that the student was pruned from as the teacher, or choose other losses."
-                )
 
     def _rate(self, at: int) -> float:
         """Share of the learning rate in iteration `at`, counted from 0."""
@@ -320,7 +339,8 @@ class Trainer:
         return self.folder / "losses.jsonl"
 
     def _save(self) -> None:
-        if not self.accelerator.is_main_process:
+        first = self.accelerator.is_main_process
+        if not first and not self.spread:
             return
         scaler = self.accelerator.scaler
         state = {
@@ -332,22 +352,17 @@ class Trainer:
             "checks": [list(one) for one in self.outcome.checks],
             "window": self.window,
             "counted": self.counted,
-            "student": self.pairing.student.state_dict(),
-            "average": self.average.state_dict() if self.average is not None else None,
-            "optimizer": self.optimizer.state_dict(),
+            **_checkpoint.learned(self.learner, self.average, self.optimizer, first),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "rng": torch.get_rng_state(),
         }
-        _checkpoint.write(self.folder / "checkpoint.pt", state)
+        if first:
+            _checkpoint.write(self.folder / "checkpoint.pt", state)
 
     def _load(self) -> None:
-        state = _checkpoint.read(self.folder / "checkpoint.pt", self.identity)
+        state = _checkpoint.read(self.folder / "checkpoint.pt", self.identity, mapped=self.spread)
         if state is not None:
-            self.pairing.student.load_state_dict(state["student"])
-            if self.average is not None:
-                self.average.load_state_dict(state["average"])
-                self.average.to(self.accelerator.device)
-            self.optimizer.load_state_dict(state["optimizer"])
+            _checkpoint.learn(state, self.learner, self.average, self.optimizer, self.accelerator.device)
             if state["scaler"] is not None and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             torch.set_rng_state(state["rng"])
@@ -355,11 +370,8 @@ class Trainer:
             self.outcome.iteration, self.outcome.restarts = state["iteration"], state["restarts"]
             self.outcome.stopped_early = state["stopped_early"]
             self.outcome.checks = [(int(at), float(value)) for at, value in state["checks"]]
-        if self.accelerator.is_main_process and self.log.is_file():  # lines after the checkpoint are written again
-            lines = [
-                line for line in self.log.read_text(encoding="utf-8").splitlines() if _iteration(line) <= self.outcome.iteration
-            ]
-            write_text(self.log, "".join(line + "\n" for line in lines))
+        if self.accelerator.is_main_process:
+            _checkpoint.rewind(self.log, self.outcome.iteration)
 
     def _back(self, at: int) -> None:
         """Return to the last checkpoint once; the second time is the end."""
@@ -373,19 +385,3 @@ class Trainer:
             f"the loss became NaN or infinite in iteration {at + 1}: back to iteration {self.outcome.iteration}, with other noise"
         )
         self.outcome.restarts, self.salt = 1, self.salt + 1
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {k: _cast(v, dtype) for k, v in value.items()}
-    return [_cast(v, dtype) for v in value] if isinstance(value, list) else value
-
-
-def _iteration(line: str) -> float:
-    """Infinite for a torn line."""
-    try:
-        return float(json.loads(line)["iteration"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..core import memory, opening, recipe
+from ..core import memory, opening, processes, recipe
 from ..core.artifact import Artifact, Manifest, renamed
 from ..core.errors import UserError
 from ..core.stages import DistillStage
@@ -49,13 +49,18 @@ def teacher_of(stage: DistillStage, student: Subject) -> Subject:
     if device.startswith("cuda"):
         import torch
 
-        check_room(student.model.parameters, teacher.model.parameters, dtype, torch.cuda.mem_get_info(device)[1], device)
+        room, shares = torch.cuda.mem_get_info(device)[1], processes.count() if processes.spread() else 1
+        check_room(student.model.parameters, teacher.model.parameters, dtype, room, device, shares)
     return teacher
 
 
-def check_room(student: int, teacher: int, dtype: str, room: int, device: str) -> None:
-    """UserError where weights alone need more than `room` bytes. student, teacher: numbers of parameters."""
-    ours, theirs = STATES * 4 * student, (4 if dtype == "float32" else 2) * teacher
+def check_room(student: int, teacher: int, dtype: str, room: int, device: str, shares: int = 1) -> None:
+    """UserError where weights alone need more than `room` bytes. student, teacher: numbers of parameters. shares: processes
+    that the student is spread over; to look at it and to save it, the first has its weights whole beside its share.
+    """
+    ours, theirs = STATES * 4 * student // shares, (4 if dtype == "float32" else 2) * teacher
+    if shares > 1:
+        ours += 4 * student
     if ours + theirs > room:
         away = (
             f" --offload model would take the teacher's {theirs / GIB:.1f} GiB off it between its forwards."
@@ -64,8 +69,8 @@ def check_room(student: int, teacher: int, dtype: str, room: int, device: str) -
         )
         raise UserError(
             f"{device}: has {room / GIB:.1f} GiB; the student needs {ours / GIB:.1f} GiB (weights, gradients, optimiser, average), "
-            f"the teacher {theirs / GIB:.1f} GiB, activations not counted.{away} Share the student over several devices with "
-            "`accelerate launch` and FSDP."
+            f"the teacher {theirs / GIB:.1f} GiB, activations not counted.{away} Spread the student over "
+            f"{'more' if shares > 1 else 'several'} devices: `accelerate launch --use_fsdp --fsdp_version 2 --num_processes N`."
         )
 
 

@@ -109,6 +109,8 @@ def follow(context: Context) -> None:
         lesson = _lesson(stage, student, teacher, folder, context)
         lesson.data.make()
         _train(lesson, folder, context)
+        with lesson.trainer.averaged():  # of weights that are spread, the first process cannot save the shares of others
+            pass
 
 
 def _data(stage: DistillStage, teacher: Subject, folder: Path) -> "Taught | Folder":
@@ -158,8 +160,8 @@ def _lesson(stage: DistillStage, student: Subject, teacher: Subject, folder: Pat
     )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise UserError(
-            f"{accelerator.distributed_type.value}: weights that are spread over processes are not supported. Launch with --multi_gpu: "
-            "the student, with its gradients and optimiser, has to fit on each device."
+            f"{accelerator.distributed_type.value}: training is not shared this way here. Launch with --multi_gpu, or with "
+            "--use_fsdp --fsdp_version 2 where the student, with its gradients and optimiser, does not fit on each device."
         )
     settings = Settings(**{name: getattr(stage, name) for name in Settings.__dataclass_fields__ if hasattr(stage, name)})
     trainer = Trainer(
@@ -170,6 +172,7 @@ def _lesson(stage: DistillStage, student: Subject, teacher: Subject, folder: Pat
         accelerator,
         folder,
         _identity(stage, student, teacher, data),
+        spread=processes.spread(),
         say=context.progress.say,
     )
     return Lesson(stage, student, teacher, data, trainer, {}, held_out)

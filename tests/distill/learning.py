@@ -54,6 +54,9 @@ class Numbered:
 
 def accelerator() -> Any:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # a test before this one may have had another precision
 
     return Accelerator(cpu=True)
 

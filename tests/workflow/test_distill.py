@@ -255,7 +255,7 @@ def test_a_device_without_room_for_both_says_what_would_help() -> None:
         UserError, match=r"has 12.0 GiB; the student needs 9.3 GiB .*, the teacher 4.7 GiB.*--offload model would"
     ):
         _teaching.check_room(500_000_000, 2_500_000_000, "float16", 12 * 2**30, "cuda")
-    with pytest.raises(UserError, match=r"the student needs 48.4 GiB.*`accelerate launch` and FSDP"):
+    with pytest.raises(UserError, match=r"the student needs 48.4 GiB.*several devices: `accelerate launch --use_fsdp"):
         _teaching.check_room(2_600_000_000, 2_600_000_000, "float16", 24 * 2**30, "cuda")
     _teaching.check_room(500_000_000, 800_000_000, "float16", 12 * 2**30, "cuda")
 
