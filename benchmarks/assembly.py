@@ -1,7 +1,7 @@
 """What A-SDM's ways and T-Stitch's reach here: `python -m lissom.benchmarks.assembly` (two hours on two slow cores; resumable).
 
 zoo:fashion at 10 steps. Assembly: the slim U-Net of recipes/zoo/fashion-assembly.yaml with and without multi-expert convolutions,
-taught alike. Inheritance: searches that may skip, reuse, or both, at 1 / 1.4 of the arithmetic (the abstract's +40 %), beside
+taught alike. Inheritance: searches that may skip, or reuse, at 1 / 1.4 of the arithmetic (the abstract's +40 %), beside
 seven whole steps. Switching: the taught slim U-Net makes the first steps, the whole model the others. Three seeds: of
 training, search and images. `--only assembly/experts/0 inheritance/reuse/1 switching/2` runs some of it, several processes side by
 side share the work; without it the missing ones are run and the section is written.
@@ -37,7 +37,7 @@ MODEL, STEPS, SEEDS, IMAGES = "zoo:fashion", 10, 3, 1024
 SHARE = 0.714  # 1 / 1.4: +40 % speed, if time went with arithmetic
 FEWER = 7  # whole steps that cost about as much
 SLIM: dict[str, Any] = {"prune": "slim_unet", "layers_per_block": 1, "middle": "resnet", "measure": False}
-SPACES = {"skips": ["skips"], "reuse": ["reuse"], "skips and reuse": ["skips", "reuse"]}
+SPACES = {"skips": ["skips"], "reuse": ["reuse"]}
 EVALUATE: dict[str, Any] = {"reference": MODEL, "metrics": ["fid", "clip_score", "accuracy"], "samples": IMAGES}
 BATCH = 64  # images in a call that is timed
 

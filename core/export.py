@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import experts, narrowing, opening, reload_check, standins, stock, surgery, weights
+from . import experts, narrowing, opening, reload_check, slicing, standins, stock, surgery, weights
 from .anatomy import uncompiled
 from .artifact import MANIFEST, PLAN, renamed
 from .candidate import Cut
@@ -71,6 +71,7 @@ def structure(denoiser: nn.Module, cuts: Sequence[Cut], *, plain_only: bool = Fa
     base = stock.base_class(target)
     owner = {id(t): key for key, t in target.state_dict(keep_vars=True).items()}
     before = {id(m): a for a, m in target.named_modules() if not isinstance(m, nn.ModuleList)}
+    plain = surgery.spelled(target, cuts)
     with surgery.applied(target, cuts):
         found: Stock | str = stock.express(target)
         if isinstance(found, str) and plain_only:
@@ -87,15 +88,15 @@ def structure(denoiser: nn.Module, cuts: Sequence[Cut], *, plain_only: bool = Fa
             built = target
             earlier = [list(map(dict, group)) for group in target.config.get("cuts", ())]  # type: ignore[union-attr, operator]
             cls, code = f"Pruned{base.__name__}", module_text(base.__name__)
-            config = {**stock.base_config(target), "cuts": [*earlier, *([[cut.plain() for cut in cuts]] if cuts else [])]}
+            config = {**stock.base_config(target), "cuts": [*earlier, *([plain] if cuts else [])]}
         shapes = {k: v.shape for k, v in built.state_dict().items()}
-        narrow = _narrow(target, before)
+        narrow, cut_up = _narrow(target, before)
         sources = {}
         for key, part in parts.items():
             source = owner.get(id(state[part.key])) if part.key is not None else None  # zeros of an emptied layer have no owner
             sources[key] = narrow.get(key, weights.Source(source, shapes[key], part.rows))
-        other = {key.rpartition(".")[0] for key, s in sources.items() if s.key is None or s.rows or s.columns}
-        there = {a for a, _ in built.named_modules()} - other
+        other = {key.rpartition(".")[0] for key, s in sources.items() if s.key is None or s.rows}
+        there = {a for a, _ in built.named_modules()} - other - cut_up
         now = {old: to for old, a in _whereabouts(target, before, cuts).items() if (to := renamed(a, moved)) in there}
         params = surgery.parameters(built)
     return Structure(opens, reason, cls, config, code, sources, _names(list(before.values()), now), params)
@@ -104,11 +105,11 @@ def structure(denoiser: nn.Module, cuts: Sequence[Cut], *, plain_only: bool = Fa
 def module_text(base: str) -> str:
     """The self-contained module of an artifact that needs one: torch and diffusers only.
 
-    It is the text of three files, one after the other; none would hold all of it within the 400 lines that a file may have.
+    It is the text of four files, one after the other; none would hold all of it within the 400 lines that a file may have.
     """
     head = f'"""{base} without some of its layers. Written by lissom; needs torch and diffusers, not lissom."""\n'
-    texts = [inspect.getsource(module).partition('"""\n')[2] for module in (experts, narrowing, standins)]
-    body = re.sub(r"^from \.(experts|narrowing) import .*\n", "", "".join(texts), flags=re.MULTILINE)  # it stands above
+    texts = [inspect.getsource(module).partition('"""\n')[2] for module in (experts, slicing, narrowing, standins)]
+    body = re.sub(r"^from \.(experts|slicing|narrowing) import .*\n", "", "".join(texts), flags=re.MULTILINE)  # it stands above
     return f"{head}{body}\n\nfrom diffusers import {base}  # noqa: E402\n\nPruned{base} = pruned({base})\n"
 
 
@@ -211,16 +212,21 @@ def _whereabouts(target: nn.Module, before: dict[int, str], cuts: Sequence[Cut])
     return now
 
 
-def _narrow(target: nn.Module, before: Container[int]) -> dict[str, weights.Source]:
-    """The weights of which only some rows or columns stay: name in the cut denoiser -> which of the parent's."""
-    found = {}
+def _narrow(target: nn.Module, before: Container[int]) -> tuple[dict[str, weights.Source], set[str]]:
+    """What narrower layers took from the parent: name of a weight in the cut denoiser -> which of its rows and columns.
+
+    Also the addresses of the operators that lost some, with nothing but a bias left or less.
+    """
+    found, cut_up = {}, set()
     for old, address in surgery.narrowed_since(target, before):
         layer = target.get_submodule(address)
         for part, (rows, columns) in vars(layer)["narrowed_from"][1].items():
+            if rows or columns:
+                cut_up.add(f"{address}.{part}")
             for name, p in layer.get_submodule(part).named_parameters():
                 picked = columns if p.ndim > 1 else ()  # a bias has only rows
                 found[f"{address}.{part}.{name}"] = weights.Source(f"{old}.{part}.{name}", p.shape, rows, picked)
-    return found
+    return found, cut_up
 
 
 def _names(before: Sequence[str], now: dict[str, str]) -> dict[str, str | None]:

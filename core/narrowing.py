@@ -1,7 +1,7 @@
 """Fewer heads in an attention, fewer units in a feed-forward, fewer channels inside a ResNet block: the same layer, narrower.
 
-What a layer takes and gives keeps its width, so that nothing around it changes. This file imports torch and nothing of lissom:
-its text goes into artifacts, before that of standins.py.
+What a layer takes and gives keeps its width, so that nothing around it changes. This file imports torch and of lissom only
+slicing.py, which does the same: its text goes into artifacts, between that of slicing.py and that of standins.py.
 """
 
 import copy
@@ -9,24 +9,64 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-Runs = tuple[tuple[int, int], ...]  # indices as ranges (start, stop), one after the other
-Picked = tuple[Runs, Runs]  # which rows (outputs; the bias has them too) and which columns (inputs) of an operator; (): all
+from .slicing import Nothing, Picked, Runs, flat, runs, sliced, unhooked, with_only
 
-# what a cut says -> the class in diffusers that it is for, and what it counts
-NARROWS = {
-    "keep_heads": ("Attention", "heads"),
-    "keep_units": ("FeedForward", "units"),
-    "keep_channels": ("ResnetBlock2D", "channels"),
+# Blocks whose attention and feed-forward run side by side: their proj_out reads the heads of attn, then the units of proj_mlp.
+PARALLEL = ("FluxSingleTransformerBlock", "ChromaSingleTransformerBlock")
+# what a cut says -> what it counts, and the classes in diffusers that have some
+NARROWS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "keep_heads": ("heads", ("Attention", "FluxAttention", "WanAttention", "LTXAttention")),
+    "keep_units": ("units", ("FeedForward", "GLUMBConv", *PARALLEL)),
+    "keep_channels": ("channels", ("ResnetBlock2D",)),
 }
 # Processors that compute every head by itself. One that is not known may mix heads, or hold weights of its own.
 PROCESSORS = (
-    "AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor", "SanaLinearAttnProcessor2_0",
-    "SanaAttnProcessor2_0",
+    "AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor", "JointAttnProcessor2_0",
+    "XFormersJointAttnProcessor", "SanaLinearAttnProcessor2_0", "SanaAttnProcessor2_0", "FluxAttnProcessor", "WanAttnProcessor",
+    "LTXVideoAttnProcessor",
 )  # fmt: skip
+# Those that norm queries and keys and then part the heads, with nothing in between (LTX turns them by their positions there).
+NORM_FIRST = ("SanaLinearAttnProcessor2_0", "SanaAttnProcessor2_0", "WanAttnProcessor")
+# projections of an attention, those of the text or of an image too -> the norm of what they give
+PROJECTIONS = {
+    "to_q": "norm_q", "to_k": "norm_k", "to_v": None,
+    "add_q_proj": "norm_added_q", "add_k_proj": "norm_added_k", "add_v_proj": None,
+}  # fmt: skip
 GATED, PLAIN = ("GEGLU", "SwiGLU"), ("GELU", "ApproximateGELU", "LinearActivation")  # gated: value and gate in one projection
+
+
+class NoHeads(nn.Module):
+    """Takes the place of an attention that keeps no head: what is left of it are the biases of its outputs, for every token.
+
+    Its processor would not do: most cannot divide what there is not among no heads, and any other may be set later.
+    """
+
+    def __init__(self, layer: Any, outputs: dict[str, Any]) -> None:
+        """outputs: what takes the place of to_out.0 and to_add_out; none of the first where the block reads the heads."""
+        super().__init__()
+        self.to_out = nn.ModuleList([outputs["to_out.0"], *layer.to_out[1:]]) if "to_out.0" in outputs else None
+        self.to_add_out = outputs.get("to_add_out")
+        self.joint = getattr(layer, "add_q_proj", None) is not None
+        self.residual_connection = getattr(layer, "residual_connection", False)
+        self.rescale_output_factor = getattr(layer, "rescale_output_factor", 1.0)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """(B, T, C) or (B, C, H, W) -> the same; joint: a pair, of which the text is (B, T', C')."""
+        is_map = hidden_states.ndim == 4
+        out = (hidden_states.flatten(2).transpose(1, 2) if is_map else hidden_states)[..., :0]
+        for part in self.to_out or ():
+            out = part(out)
+        if is_map:
+            out = out.transpose(1, 2).unflatten(2, hidden_states.shape[2:])
+        if self.residual_connection:
+            out = out + hidden_states
+        out = out / self.rescale_output_factor
+        if not self.joint or encoder_hidden_states is None:
+            return out
+        text = encoder_hidden_states  # SD3's last block does not look at it any more
+        return out, text if self.to_add_out is None else self.to_add_out(text[..., :0])
 
 
 def width(layer: Any, what: str) -> tuple[int, int]:
@@ -34,8 +74,8 @@ def width(layer: Any, what: str) -> tuple[int, int]:
 
     Raises ValueError with the reason for a layer whose width cannot be cut, or not exactly.
     """
-    wanted, counted = NARROWS[what]
-    if (name := _class(layer)) != wanted:
+    counted, classes = NARROWS[what]
+    if (name := kind(layer)) not in classes:
         raise ValueError(f"a {name or type(layer).__name__} has no {counted} that can be cut")
     return {"keep_heads": _heads, "keep_units": _units, "keep_channels": _channels}[what](layer)
 
@@ -48,31 +88,37 @@ def picked(layer: Any, what: str, stay: Iterable[int]) -> dict[str, Picked]:
     count, stay = width(layer, what)[0], list(stay)
     kept = runs(stay)
     if what == "keep_heads":
-        size = layer.to_q.out_features // count
-        kept = runs(i for head in stay for i in range(head * size, (head + 1) * size))
-        return {"to_q": (kept, ()), "to_k": (kept, ()), "to_v": (kept, ()), "to_out.0": ((), kept)}
+        kept = _channels_of(layer, stay)
+        rows = {name: (kept, ()) for name in _rows(layer) if not _across(layer, name)}
+        return rows | {name: ((), kept) for name in readers(layer, what)}
     twice = runs([*stay, *(count + i for i in stay)])
-    if what == "keep_units":
-        return {"net.0.proj": (twice if _class(layer.net[0]) in GATED else kept, ()), "net.2": ((), kept)}
-    parts: dict[str, Picked] = {"conv1": (kept, ()), "norm2": (kept, ()), "conv2": ((), kept)}
-    if layer.time_emb_proj is not None:
-        parts["time_emb_proj"] = (twice if layer.time_embedding_norm == "scale_shift" else kept, ())
-    return parts
+    if what == "keep_channels":
+        parts: dict[str, Picked] = {"conv1": (kept, ()), "norm2": (kept, ()), "conv2": ((), kept)}
+        if layer.time_emb_proj is not None:
+            parts["time_emb_proj"] = (twice if layer.time_embedding_norm == "scale_shift" else kept, ())
+        return parts
+    if (name := kind(layer)) == "GLUMBConv":
+        return {"conv_inverted": (twice, ()), "conv_depth": (twice, ()), "conv_point": ((), kept)}
+    if name in PARALLEL:
+        heads = layer.proj_out.in_features - count
+        return {"proj_mlp": (kept, ()), "proj_out": ((), runs(heads + i for i in stay))}
+    return {"net.0.proj": (twice if kind(layer.net[0]) in GATED else kept, ()), "net.2": ((), kept)}
 
 
 def narrowed(layer: Any, address: str, what: str, value: Any) -> Any:
     """A layer with fewer heads, units or channels: a copy that shares what it keeps whole. The layer itself if all stay.
 
-    Without its other channels a group of a GroupNorm has another mean and variance: such a layer computes something else than
-    one whose channels are masked. Without whole groups it computes the same.
+    With no heads or no units at all the biases of its outputs are left. Without its other channels a group of a GroupNorm has
+    another mean and variance: such a layer computes something else than one whose channels are masked. Without whole groups it
+    computes the same. A block of PARALLEL gives up what reads the heads that its attention has lost already.
     """
-    counted = NARROWS[what][1]
+    counted = NARROWS[what][0]
     try:
         count, together = width(layer, what)
     except ValueError as e:
         raise ValueError(f"{address}: {counted} cannot be cut here, because {e}") from None
-    stay = list(value) if isinstance(value, (list, tuple)) else []
-    if not stay or stay != sorted(set(stay) & set(range(count))):
+    stay = list(value) if isinstance(value, (list, tuple)) else [-1]
+    if stay != sorted(set(stay) & set(range(count))) or not stay and what == "keep_channels":
         raise ValueError(f"{address}: cannot keep {counted} {_short(value)} of {count} (they ascend, each once, from 0)")
     by_group = Counter(i // together for i in stay)
     left = [by_group[k] for k in range(count // together)]
@@ -82,64 +128,63 @@ def narrowed(layer: Any, address: str, what: str, value: Any) -> Any:
             f"{address}: cannot keep {left[few]} of the {together} channels of group {few} and {left[many]} of group {many}: "
             "each group of norm2 stays with equally many or goes"
         )
-    if len(stay) == count:
-        return layer
     taken = picked(layer, what, stay)
-    new = _with(layer, {name: sliced(layer.get_submodule(name), *parts) for name, parts in taken.items()})
+    if parallel := kind(layer) in PARALLEL:
+        taken = _with_columns_of_heads(layer, taken, count, stay)
+    if len(stay) == count and not (parallel and taken):
+        return layer
     if what == "keep_heads":
-        new.heads = new.sliceable_head_dim = len(stay)
-        new.inner_dim = new.inner_kv_dim = new.to_q.out_features
-    elif what == "keep_channels":
+        new, taken = _fewer_heads(layer, taken, stay)
+    else:
+        new = _with(layer, _sliced(layer, taken))
+    if what == "keep_channels":
         new.norm2.num_groups = sum(map(bool, left))
+    elif parallel:
+        new.mlp_hidden_dim = len(stay)
+        if hasattr(new.proj_out, "_tp_packed_row_blocks"):  # which several devices share each for itself
+            new.proj_out._tp_packed_row_blocks = [new.proj_out.in_features - len(stay), len(stay)]
     new.narrowed_from = (address, taken)  # whoever saves the layer reads where its weights are from
     return new
 
 
-def sliced(operator: Any, rows: Runs, columns: Runs) -> Any:
-    """A copy of a Linear, Conv2d or GroupNorm with these outputs and these inputs."""
-    new = unhooked(copy.copy(operator))
-    new._parameters = dict(operator._parameters)
-    offloads = next((hook for hook in _hooks(operator) if getattr(hook, "offload", False)), None)
-    for name, whole in operator._parameters.items():
-        if whole is None or not (rows or columns and whole.ndim > 1 or offloads):
-            continue  # the bias of what only loses inputs stays the same parameter
-        # Under sequential offload the hook holds the weights; here there are only their shapes.
-        values = offloads.weights_map[name] if offloads is not None and whole.is_meta else whole.detach()
-        for dim, kept in enumerate((rows, columns)):
-            if kept and dim < values.ndim:
-                values = _taken(values, dim, kept)
-        new._parameters[name] = nn.Parameter(values, requires_grad=whole.requires_grad)
-    outputs, inputs = ("out_features", "out_channels", "num_channels"), ("in_features", "in_channels")
-    for name, dim in (*((n, 0) for n in outputs if rows), *((n, 1) for n in inputs if columns)):
-        if name in vars(operator):
-            setattr(new, name, new.weight.shape[dim])
-    if offloads is not None:
-        from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
-        on = {"execution_device": offloads.execution_device, "io_same_device": offloads.io_same_device}
-        add_hook_to_module(new, AlignDevicesHook(**on, offload=True, skip_keys=offloads.skip_keys))
-    return new
+def _fewer_heads(layer: Any, taken: dict[str, Picked], stay: list[int]) -> tuple[Any, dict[str, Picked]]:
+    """An attention with these heads, and what it took. Norms over all heads still look at them, and pass on those that stay."""
+    if not stay:
+        taken = {name: taken[name] for name in readers(layer, "keep_heads")}
+        return NoHeads(layer, _sliced(layer, taken)), taken
+    across = {norm for name in _rows(layer) if (norm := _across(layer, name)) is not None}
+    kept = _channels_of(layer, stay)
+    new = _with(layer, _sliced(layer, taken) | {norm: with_only(layer.get_submodule(norm), kept) for norm in across})
+    told = dict.fromkeys(("heads", "sliceable_head_dim"), len(stay))
+    told |= dict.fromkeys(("inner_dim", "inner_kv_dim", "kv_inner_dim"), new.to_v.out_features)
+    vars(new).update({name: value for name, value in told.items() if name in vars(new)})  # what processors read
+    return new, taken | dict.fromkeys(sorted(across), ((), ()))
 
 
-def runs(indices: Iterable[int]) -> Runs:
-    """
-    >>> runs([0, 1, 2, 7, 9, 10])
-    ((0, 3), (7, 8), (9, 11))
-    """
-    found: list[tuple[int, int]] = []
-    for i in indices:
-        if found and found[-1][1] == i:
-            found[-1] = (found[-1][0], i + 1)
-        else:
-            found.append((i, i + 1))
-    return tuple(found)
+def _with_columns_of_heads(block: Any, taken: dict[str, Picked], units: int, stay: list[int]) -> dict[str, Picked]:
+    """What a block of PARALLEL loses with some of its units and with the heads that its attention has lost already."""
+    attn, read = block.attn, block.proj_out.in_features - units
+    now = 0 if isinstance(attn, NoHeads) else attn.to_v.out_features
+    left = list(range(read)) if now == read else flat(attn.narrowed_from[1]["to_v"][0]) if now else []
+    found = {"proj_out": ((), runs([*left, *(read + i for i in stay)]))} if now < read or len(stay) < units else {}
+    return found | ({"proj_mlp": taken["proj_mlp"]} if len(stay) < units else {})
 
 
-def unhooked(module: Any) -> Any:
-    """A copied module without accelerate's hook: that sits on the instance, and still runs the module it was made for."""
-    for name in ("forward", "_old_forward", "_hf_hook"):
-        module.__dict__.pop(name, None)
-    return module
+def _sliced(layer: Any, taken: dict[str, Picked]) -> dict[str, Any]:
+    return {name: sliced(layer.get_submodule(name), *picks) for name, picks in taken.items()}
+
+
+def readers(layer: Any, what: str) -> list[str]:
+    """The operators of a layer that sum over its heads, units or channels. None where its block does."""
+    if what == "keep_heads":
+        found = ["to_out.0"] if getattr(layer, "to_out", None) else []
+        return [*found, "to_add_out"] if getattr(layer, "to_add_out", None) is not None else found
+    return {"FeedForward": ["net.2"], "GLUMBConv": ["conv_point"], "ResnetBlock2D": ["conv2"]}.get(kind(layer), [])
+
+
+def kind(module: Any) -> str:
+    """The name of a module's class in diffusers, whatever class steers it; empty for one of anybody else."""
+    return next((c.__name__ for c in type(module).__mro__ if c.__module__.startswith("diffusers.")), "")
 
 
 def _with(module: Any, parts: dict[str, Any]) -> Any:
@@ -152,48 +197,57 @@ def _with(module: Any, parts: dict[str, Any]) -> Any:
     return new
 
 
-def _taken(values: Tensor, dim: int, kept: Runs) -> Tensor:
-    return values.index_select(dim, torch.tensor([i for a, b in kept for i in range(a, b)], device=values.device))
+def _rows(layer: Any) -> list[str]:
+    """The projections that an attention has."""
+    return [name for name in PROJECTIONS if getattr(layer, name, None) is not None]
 
 
-def _hooks(module: Any) -> tuple[Any, ...]:
-    """accelerate's hooks of a module, one by one."""
-    hook = getattr(module, "_hf_hook", None)
-    return tuple(getattr(hook, "hooks", (hook,)))
+def _channels_of(layer: Any, heads: list[int]) -> Runs:
+    """Where heads lie in what an attention hands to its output."""
+    size = layer.to_v.out_features // layer.heads
+    return runs(i for head in heads for i in range(head * size, (head + 1) * size))
 
 
-def _class(module: Any) -> str:
-    """The name of a module's class in diffusers, whatever class steers it; empty for one of anybody else."""
-    return next((c.__name__ for c in type(module).__mro__ if c.__module__.startswith("diffusers.")), "")
+def _across(layer: Any, name: str) -> str | None:
+    """The norm of a projection, if it looks at all heads together. The projection then stays whole, and so does the norm."""
+    norm = getattr(layer, PROJECTIONS[name] or "", None)
+    size = getattr(norm, "normalized_shape", getattr(norm, "dim", None))
+    own = isinstance(size, tuple) and tuple(size) == (layer.to_v.out_features // layer.heads,)
+    return None if norm is None or own else PROJECTIONS[name]
 
 
 def _heads(layer: Any) -> tuple[int, int]:
-    if layer.added_kv_proj_dim is not None:
-        raise ValueError("it attends to keys and values of a second stream (joint attention)")
-    if layer.to_k is None or not layer.to_out:
+    summing = readers(layer, "keep_heads")
+    if getattr(layer, "to_k", None) is None or not summing and kind(layer) != "FluxAttention":
         raise ValueError("it lacks keys, values or an output of its own")
-    if layer.fused_projections:
+    if getattr(layer, "fused_projections", False):
         raise ValueError("its projections are fused (`unfuse_qkv_projections` takes them apart)")
-    if layer.inner_kv_dim != layer.inner_dim:
-        raise ValueError("its heads share keys and values in groups")
     if (processor := type(layer.processor).__name__) not in PROCESSORS:
         raise ValueError(f"nothing is known of what its {processor} does with single heads")
-    for name in ("to_q", "to_k", "to_v", "to_out.0"):
+    for name in (*_rows(layer), *summing):
         _plain(layer, name, nn.Linear)
-    inner = layer.to_q.out_features
-    if inner % layer.heads or not inner == layer.to_v.out_features == layer.to_out[0].in_features:
+    inner = layer.to_v.out_features
+    if layer.to_k.out_features != layer.to_q.out_features:
+        raise ValueError("its heads share keys and values in groups")
+    if inner % layer.heads or any(layer.get_submodule(name).in_features != inner for name in summing):
         raise ValueError(f"its projections are not {layer.heads} heads of one size")
-    for name in ("norm_q", "norm_k"):
-        if (norm := getattr(layer, name)) is not None:
-            size = getattr(norm, "normalized_shape", getattr(norm, "dim", None))
-            if not isinstance(size, tuple) or tuple(size) != (inner // layer.heads,):
-                raise ValueError(f"its {name} looks at all heads together")
+    for name in _rows(layer):
+        norm, made = _across(layer, name), layer.get_submodule(name).out_features
+        size = getattr(getattr(layer, norm or "", None), "normalized_shape", None)
+        if norm is not None and (processor not in NORM_FIRST or size is not None and tuple(size) != (made,)):
+            raise ValueError(f"its {norm} looks at all heads together")
+        if norm is None and made != inner:
+            raise ValueError(f"its projections are not {layer.heads} heads of one size")
     return layer.heads, 1
 
 
 def _units(layer: Any) -> tuple[int, int]:
+    if (name := kind(layer)) == "GLUMBConv":
+        return _units_of_maps(layer)
+    if name in PARALLEL:
+        return _units_beside_heads(layer)
     net: Any = getattr(layer, "net", ())
-    if len(net) < 3 or (activation := _class(net[0])) not in GATED + PLAIN:
+    if len(net) < 3 or (activation := kind(net[0])) not in GATED + PLAIN:
         raise ValueError("its activation is none that treats every unit alike")
     _plain(layer, "net.0.proj", nn.Linear)
     _plain(layer, "net.2", nn.Linear)
@@ -203,9 +257,28 @@ def _units(layer: Any) -> tuple[int, int]:
     return units, 1
 
 
+def _units_of_maps(layer: Any) -> tuple[int, int]:
+    for name in ("conv_inverted", "conv_depth", "conv_point"):
+        _plain(layer, name, nn.Conv2d)
+    units, twice = layer.conv_point.in_channels, layer.conv_depth
+    if not 2 * units == layer.conv_inverted.out_channels == twice.in_channels == twice.out_channels == twice.groups:
+        raise ValueError("its convolutions do not simply follow one another")
+    if layer.conv_inverted.groups > 1 or layer.conv_point.groups > 1:
+        raise ValueError("its convolutions keep units in groups")
+    return units, 1
+
+
+def _units_beside_heads(layer: Any) -> tuple[int, int]:
+    _plain(layer, "proj_out", nn.Linear)
+    if isinstance(layer.proj_mlp, Nothing):
+        return 0, 1
+    _plain(layer, "proj_mlp", nn.Linear)
+    return layer.proj_mlp.out_features, 1
+
+
 def _channels(layer: Any) -> tuple[int, int]:
-    for name, kind in (("conv1", nn.Conv2d), ("norm2", nn.GroupNorm), ("conv2", nn.Conv2d)):
-        _plain(layer, name, kind)
+    for name, cls in (("conv1", nn.Conv2d), ("norm2", nn.GroupNorm), ("conv2", nn.Conv2d)):
+        _plain(layer, name, cls)
     channels = layer.conv1.out_channels
     if not channels == layer.norm2.num_channels == layer.conv2.in_channels or max(layer.conv1.groups, layer.conv2.groups) > 1:
         raise ValueError("its convolutions do not simply follow one another")
@@ -216,12 +289,12 @@ def _channels(layer: Any) -> tuple[int, int]:
     return channels, channels // layer.norm2.num_groups
 
 
-def _plain(layer: Any, name: str, kind: type[nn.Module]) -> None:
+def _plain(layer: Any, name: str, cls: type[nn.Module]) -> None:
     """ValueError unless a part of a layer is an operator of this class with numbers that can be picked one by one."""
     part: Any = layer.get_submodule(name)
-    weight = part._parameters.get("weight") if isinstance(part, kind) else None
+    weight = part._parameters.get("weight") if isinstance(part, cls) else None
     if weight is None or not weight.is_floating_point() or len(weight) != getattr(part, "out_features", len(weight)):
-        raise ValueError(f"its {name} is no plain {kind.__name__} (an adapter, a cut or a quantization is in the way)")
+        raise ValueError(f"its {name} is no plain {cls.__name__} (an adapter, a cut or a quantization is in the way)")
 
 
 def _short(value: Any) -> str:

@@ -113,15 +113,13 @@ class Sampler:
             torch.cuda.empty_cache()
 
     def _draw(self, plan: SamplingPlan | None, seeds: Seeds, indices: range, steps: int | None, output: Output) -> Batch:
-        # Generators carry state: every call gets new ones. On the CPU, so that the noise is the same on any device.
-        drawn = [image_seed(seeds.role, seeds.base, i) for i in indices]
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in drawn]
-        arguments = self._arguments(indices, steps) | {"generator": generators}
+        arguments = self.arguments(seeds, indices, steps)
         native = output == "latents" and _offers_latents(self.pipe)
         arguments["output_type"] = "latent" if native else "pt"
+        drawn, generators = [image_seed(seeds.role, seeds.base, i) for i in indices], arguments["generator"]
 
         following = follow(self.pipe, plan, memo=self.memo, context=self._context(drawn)) if plan else watch(self.pipe)
-        with _silent(self.pipe), following as run:
+        with silent(self.pipe), following as run:
             run.generators = generators
             try:
                 made = self.pipe(**arguments)[0]
@@ -129,6 +127,14 @@ class Sampler:
                 self.calls += run.calls
                 self.served += run.served
         return self._checked(made, run, indices, output, native)
+
+    def arguments(self, seeds: Seeds, indices: range, steps: int | None) -> dict[str, Any]:
+        """Arguments of `pipe.__call__` for some images of a seed block, each with a generator of its own.
+
+        Generators carry state: every call needs new ones. On the CPU, so that the noise is the same on any device.
+        """
+        drawn = (image_seed(seeds.role, seeds.base, i) for i in indices)
+        return self._arguments(indices, steps) | {"generator": [torch.Generator("cpu").manual_seed(seed) for seed in drawn]}
 
     def _arguments(self, indices: range, steps: int | None) -> dict[str, Any]:
         size, rows = len(indices), self.conditions.arguments(indices)
@@ -199,7 +205,7 @@ def _pixels(made: Any, size: int, where: str) -> Tensor:
 
 
 @contextlib.contextmanager
-def _silent(pipe: Any) -> Iterator[None]:
+def silent(pipe: Any) -> Iterator[None]:
     """Without the pipeline's progress bar."""
     before = getattr(pipe, "_progress_bar_config", None) or {}
     pipe.set_progress_bar_config(**{**before, "disable": True})

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from . import anatomy, standins
+from . import anatomy, narrowing, standins, widths
 from .anatomy import uncompiled
 from .candidate import Cut
 from .errors import UserError
@@ -43,12 +43,9 @@ def apply(denoiser: nn.Module, cuts: Sequence[Cut]) -> Callable[[], None]:
     with copies of the weights that stay.
     """
     target = uncompiled(denoiser)
-    cuts = list(dict.fromkeys(cuts))
-    try:
-        _check(target, cuts)
-        undo = standins.cut(target, [cut.plain() for cut in cuts])
-    except ValueError as e:
-        raise CannotCut(f"{e}. `lissom inspect MODEL --layers` lists what can be cut.") from e
+    plain = spelled(target, cuts)
+    with _refusing():
+        undo = standins.cut(target, plain)
     if (misfit := skip_connections_misfit(target)) is not None:
         undo()
         raise CannotCut(f"these cuts do not fit together: {misfit}")
@@ -60,6 +57,23 @@ def apply(denoiser: nn.Module, cuts: Sequence[Cut]) -> Callable[[], None]:
             target.to(home)
 
     return back
+
+
+def spelled(denoiser: nn.Module, cuts: Sequence[Cut]) -> list[dict[str, Any]]:
+    """Cuts as `standins.cut` takes them and a config holds them (`widths.spelled`), each once. CannotCut if they do not fit."""
+    cuts = list(dict.fromkeys(cuts))
+    with _refusing():
+        _check(denoiser, cuts)
+        return widths.spelled(denoiser, cuts)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Inside, a ValueError is CannotCut."""
+    try:
+        yield
+    except ValueError as e:
+        raise CannotCut(f"{e}. `lissom inspect MODEL --layers` lists what can be cut.") from e
 
 
 def _moves_as_a_whole(denoiser: Any) -> bool:
@@ -225,6 +239,11 @@ def _check(denoiser: nn.Module, cuts: Sequence[Cut]) -> None:
         above = cut.address.rpartition(".")[0]
         if cut.what == "keep_layers" and cut.address not in of_unet:
             raise ValueError(f"{cut.address}: is no stage of a U-Net, so that it has no layers to keep")
+        if cut.what in narrowing.NARROWS:
+            try:
+                widths.width(denoiser, cut.address, cut.what)
+            except ValueError as e:
+                raise ValueError(f"{cut.address}: {narrowing.NARROWS[cut.what][0]} cannot be cut here, because {e}") from None
         if cut.what != "remove":
             continue
         part_of_unet = ends["up_blocks"] and (cut.address == "mid_block" or above.endswith("samplers"))

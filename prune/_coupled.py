@@ -1,7 +1,7 @@
 """What goes together with a head, a unit or a group of channels, as a group of Torch-Pruning, whose importances weigh it.
 
 Torch-Pruning (Fang et al., "DepGraph: Towards Any Structural Pruning", arXiv 2301.12900) finds such groups by tracing a
-forward. Here they are built by hand from the rows and columns that a cut takes (`core.narrowing.picked`), for every model
+forward. Here they are built by hand from the rows and columns that a cut takes (`core.widths.shares`), for every model
 alike: what is scored is then exactly what goes. Traced, the groups of diffusers' models are others: the residual stream is one
 of them, and the output of the time embedding; the halves of a gated projection and the heads of an attention come apart unless
 each is named in the pruner's dictionaries; and with some transformers (PixArt) they do not fit at all. Only the importances of
@@ -42,11 +42,11 @@ def magnitude(p: int) -> Scorer:
 
 def importances(denoiser: Any, width: "Width", scorer: Scorer) -> "Tensor":
     """The importance of each of `width.groups`, (groups,) float32 on the CPU."""
-    found = scorer(group(denoiser.get_submodule(width.address), width))
+    found = scorer(group(denoiser, width))
     return found[: len(width.groups)].float().cpu()  # Torch-Pruning makes it as long as the first operator has rows
 
 
-def group(layer: Any, width: "Width") -> Any:
+def group(denoiser: Any, width: "Width") -> Any:
     """A Torch-Pruning group of all that belongs to a width, whose root indices are the numbers in `width.groups`."""
     from torch import nn
     from torch_pruning.dependency import Group
@@ -54,7 +54,7 @@ def group(layer: Any, width: "Width") -> Any:
     from torch_pruning.dependency.node import Node
     from torch_pruning.pruner import function
 
-    from ..core.narrowing import picked
+    from ..core.widths import shares
 
     handlers = {
         nn.Conv2d: (function.prune_conv_out_channels, function.prune_conv_in_channels),
@@ -63,14 +63,14 @@ def group(layer: Any, width: "Width") -> Any:
     }
     owners: dict[tuple[str, int], list[tuple[int, int]]] = {}  # (operator, rows 0 or columns 1) -> (index, group)
     for number, members in enumerate(width.groups):
-        for name, sides in picked(layer, width.what, members).items():
+        for name, sides in shares(denoiser, width.address, width.what, members).items():
             for side, runs in enumerate(sides):
                 owners.setdefault((name, side), []).extend((i, number) for start, stop in runs for i in range(start, stop))
     found = Group()
     for (name, side), pairs in owners.items():
         if not pairs:
             continue
-        operator = layer.get_submodule(name)
+        operator = denoiser.get_submodule(name)
         kind = next(kind for kind in handlers if isinstance(operator, kind))
         node, handler = Node(operator, None, name), handlers[kind][side]
         pairs.sort()  # Torch-Pruning sorts the indices, and not the groups beside them

@@ -43,6 +43,9 @@ class Lesson(Protocol):
     def keep(self, tensors: "Mapping[str, Tensor]", facts: Mapping[str, Any]) -> None:
         """Write gates.safetensors: what was learned, to be cut again otherwise."""
 
+    def read(self, path: str) -> "dict[str, Tensor]":
+        """What an earlier run kept. UserError where there is none."""
+
     def began(self, iterations: int) -> None:
         """The learning begins."""
 

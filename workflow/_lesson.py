@@ -1,4 +1,4 @@
-"""What a prune method learns from: noised samples of the model's own images or of a folder's, and a place to keep its state."""
+"""What a prune method learns from (noised samples, or whole trajectories), and a place to keep what it has learned so far."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.candidate import Cut, canonical
-from ..core.errors import UserError
+from ..core.errors import UserError, one_line
 from ..core.files import write_bytes
 from ..core.stages import PruneStage
 from ._gradients import Wanted
@@ -21,21 +21,15 @@ GATES, STATE = "gates.safetensors", "learning.pt"
 HELD_OUT = 4  # batches under other noise that the loss of a choice of cuts is measured on
 
 
-class Lessons:
-    """Stands where others keep losses: what the model was trained with, on samples under other noise than was learned from."""
-
-    what = "training loss of the pruned model on samples under noise that was not learned from"
+class Book:
+    """Keeps the state of learning, its result, and how long it took."""
 
     def __init__(self, stage: PruneStage, subject: Subject, config: Any, folder: Path, identity: str) -> None:
-        """config: the method's, with `images`, `data_steps`, `batch`. folder: keeps the state. identity: of everything that it depends
-        on beside the data. Nothing is made yet, but what cannot be done is refused.
+        """config: the method's, with `batch`. folder: keeps everything. identity: of everything that the state depends on.
+
+        UserError where this device or type cannot learn.
         """
         from ..core.anatomy import uncompiled
-        from ..core.denoiser_calls import Calls
-        from ..core.noising import Noising
-        from ..core.sampling import Sampler
-        from ..distill._samples import Noised
-        from . import _training_data as data
 
         options = subject.context.options
         if options.dtype not in ("float32", "fp32"):
@@ -44,37 +38,10 @@ class Lessons:
             )
         if options.offload != "none":
             raise UserError(f"--offload {options.offload}: learning needs the denoiser in one place. Leave it out.")
-        self.subject, self.folder, self.config = subject, folder, config
+        self.stage, self.subject, self.config, self.folder, self.identity = stage, subject, config, folder, identity
         self.denoiser: Any = uncompiled(subject.model.denoiser)
         self.device = next(self.denoiser.parameters()).device
-        wanted = Wanted(config.images, config.data_steps)
-        self.data = (
-            data.Taught(wanted, subject, folder)
-            if stage.data in (None, "teacher")
-            else data.Folder(wanted, data.source_of(str(stage.data), subject.context), subject)
-        )
-        self.identity = hashlib.sha256(canonical([identity, self.data.signature]).encode()).hexdigest()
-        sampler = Sampler(
-            subject.model.pipe, getattr(self.data, "rows", subject.conditions), chunk=options.chunk, call=subject.call
-        )
-        seed = subject.context.recipe.seed
-        with subject.asking():
-            calls = Calls(sampler, seed)
-        self.data.like = calls.shape
-        noising = Noising.of(subject.model.pipe.scheduler)
-        self._seen, self._unseen = (
-            Noised(self.data, self.data.conditions, calls, noising, s, self.device) for s in (seed, seed + 1)
-        )
         self._began, self._seconds, self._steps = 0.0, 0.0, 0
-
-    def lesson(self) -> "Lessons":
-        """See `Task.lesson`."""
-        self.data.make()
-        return self
-
-    def samples(self, positions: Sequence[int], salt: int) -> "tuple[dict[str, Any], Tensor]":
-        found = self._seen(positions, salt)
-        return found.kwargs, found.target
 
     def load(self) -> dict[str, Any] | None:
         from ..distill import _checkpoint
@@ -93,6 +60,23 @@ class Lessons:
         found = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
         write_bytes(self.folder / GATES, save(found, metadata={name: json.dumps(value) for name, value in facts.items()}))
 
+    def read(self, path: str) -> "dict[str, Tensor]":
+        """What an earlier run kept: a file, or the folder of the run. UserError where there is none."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        from ..core import artifact
+
+        place = Path(self.subject.context.file(path))
+        place = artifact.finished(place) / GATES if place.is_dir() else place
+        try:
+            found: dict[str, Tensor] = load_file(place)
+        except (OSError, SafetensorError) as e:
+            raise UserError(
+                f"gates: {place}: cannot be read ({one_line(e)}). Name the folder of a run that learned gates."
+            ) from e
+        return found
+
     def began(self, iterations: int) -> None:
         self._began = time.monotonic()
         self.subject.context.progress.phase("learning what stays", iterations)
@@ -101,17 +85,6 @@ class Lessons:
         self._steps += fresh
         self._seconds = time.monotonic() - self._began
         self.subject.context.progress.advance(note, fresh=fresh)
-
-    def __call__(self, options: Sequence[tuple[Cut, ...]]) -> list[float]:
-        """The training loss of the denoiser with each choice of cuts."""
-        from ..core import surgery
-
-        return [self._loss() if not cuts else self._loss_of(cuts, surgery) for cuts in options]
-
-    def facts(self) -> dict[str, object]:
-        """What was learned from, for the report."""
-        own = {k: v for k, v in self.data.facts.items() if k == "steps of each"}
-        return {"images": len(self.data.conditions), **own, "loss of the whole model": f"{self._loss():.4g}"}
 
     def spent(self) -> dict[str, float]:
         """Of this session: what was found in the folder took nothing."""
@@ -123,9 +96,63 @@ class Lessons:
             "seconds_for_learning": self._seconds,
         }
 
-    def _loss_of(self, cuts: tuple[Cut, ...], surgery: Any) -> float:
-        with surgery.applied(self.denoiser, cuts):
-            return self._loss()
+
+class Lessons(Book):
+    """Noised samples. As losses: what the model was trained with, on samples under noise that was not learned from."""
+
+    what = "training loss of the pruned model on samples under noise that was not learned from"
+
+    def __init__(self, stage: PruneStage, subject: Subject, config: Any, folder: Path, identity: str) -> None:
+        """config: the method's, with `images`, `data_steps`, `batch`. Nothing is made yet, but what cannot be done is refused."""
+        from ..core.denoiser_calls import Calls
+        from ..core.noising import Noising
+        from ..core.sampling import Sampler
+        from ..distill._samples import Noised
+        from . import _training_data as data
+
+        super().__init__(stage, subject, config, folder, identity)
+        options, seed = subject.context.options, subject.context.recipe.seed
+        wanted = Wanted(config.images, config.data_steps)
+        self.data = (
+            data.Taught(wanted, subject, folder)
+            if stage.data in (None, "teacher")
+            else data.Folder(wanted, data.source_of(str(stage.data), subject.context), subject)
+        )
+        self.identity = hashlib.sha256(canonical([identity, self.data.signature]).encode()).hexdigest()
+        sampler = Sampler(
+            subject.model.pipe, getattr(self.data, "rows", subject.conditions), chunk=options.chunk, call=subject.call
+        )
+        with subject.asking():
+            calls = Calls(sampler, seed)
+        self.data.like = calls.shape
+        noising = Noising.of(subject.model.pipe.scheduler)
+        self._seen, self._unseen = (
+            Noised(self.data, self.data.conditions, calls, noising, s, self.device) for s in (seed, seed + 1)
+        )
+
+    def lesson(self) -> "Lessons":
+        """See `Task.lesson`."""
+        self.data.make()
+        return self
+
+    def samples(self, positions: Sequence[int], salt: int) -> "tuple[dict[str, Any], Tensor]":
+        found = self._seen(positions, salt)
+        return found.kwargs, found.target
+
+    def __call__(self, options: Sequence[tuple[Cut, ...]]) -> list[float]:
+        """The training loss of the denoiser with each choice of cuts."""
+        from ..core import surgery
+
+        found = []
+        for cuts in options:
+            with surgery.applied(self.denoiser, cuts):
+                found.append(self._loss())
+        return found
+
+    def facts(self) -> dict[str, object]:
+        """What was learned from, for the report."""
+        own = {k: v for k, v in self.data.facts.items() if k == "steps of each"}
+        return {"images": len(self.data.conditions), **own, "loss of the whole model": f"{self._loss():.4g}"}
 
     def _loss(self) -> float:
         import torch

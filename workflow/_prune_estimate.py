@@ -62,7 +62,7 @@ def _work(stage: PruneStage, job: Job, default: int) -> dict[str, Any]:
     scored = {o.cuts for space in job.spaces for site in (*space.sites, (space.base,)) for o in site if o.cuts}
     if job.module.calibrated == "gradients":
         return _passes(stage, job, default)
-    if job.module.calibrated == "learned":
+    if job.module.calibrated in ("learned", "trajectories"):
         return _learned(stage, job, default)
     if job.module.calibrated != "latents":
         return {"scored": len(scored), "denoiser_calls": len(scored) * min(stage.times, stage.calibration)}
@@ -80,12 +80,17 @@ def _passes(stage: PruneStage, job: Job, default: int) -> dict[str, Any]:
 
 
 def _learned(stage: PruneStage, job: Job, default: int) -> dict[str, Any]:
-    """Of samples that are learned from: a forward and a backward of each, and what makes the images."""
-    config = job.config
+    """Of samples or trajectories that are learned from: forwards and backwards of one image, and what makes the images."""
+    config, found = job.config, {"scored": len(job.widths or job.layers), "learning_steps": job.config.iterations}
+    if job.module.calibrated == "trajectories":  # every denoiser call is computed twice, for it is not kept
+        steps = trajectory_steps(job) or default
+        passes = config.iterations * config.batch * steps
+        found |= {"trajectories_in_a_step": config.batch, "solver_steps": steps}
+        return {**found, "denoiser_forwards": config.images * steps + 2 * passes, "denoiser_backwards": passes}
     made = config.images * (config.data_steps or default) if stage.data in (None, "teacher") else 0
     passes = config.iterations * config.batch
-    steps = {"learning_steps": config.iterations, "samples_in_a_step": config.batch}
-    return {"scored": len(job.layers), **steps, "denoiser_forwards": made + passes, "denoiser_backwards": passes}
+    found |= {"samples_in_a_step": config.batch}
+    return {**found, "denoiser_forwards": made + passes, "denoiser_backwards": passes}
 
 
 def say(found: dict[str, Any]) -> str:
@@ -94,6 +99,11 @@ def say(found: dict[str, Any]) -> str:
     bound = "at most " if after.get("at_most") else ""
     parts = [f"{before[key]:,} -> {bound}{after[key]:,} {unit}" for key, unit in UNITS.items()]
     text = f"{found['stage']} on {found['model']}: " + "; ".join(parts)
+    if "trajectories_in_a_step" in found:
+        return text + (
+            f". {found['learning_steps']:,} steps of {found['trajectories_in_a_step']} trajectories of {found['solver_steps']} solver steps learn what "
+            f"stays of {found['scored']} layers: {found['denoiser_forwards']:,} forwards and {found['denoiser_backwards']:,} backward passes of one image"
+        )
     if "learning_steps" in found:
         return text + (
             f". {found['learning_steps']:,} steps of {found['samples_in_a_step']} samples learn which of {found['scored']} layers stay: "

@@ -93,7 +93,7 @@ def job_of(
         raise UserError(
             f"{stage.method}: visits the noise levels one after the other, so that times chooses none. Leave it out."
         )
-    if module.calibrated == "learned":
+    if module.calibrated in ("learned", "trajectories"):
         _check_learned(stage)
     if structured(config) and stage.keep is not None:
         raise UserError(
@@ -146,6 +146,11 @@ def structured(config: Any) -> bool:
 def _check_learned(stage: PruneStage) -> None:
     """UserError for settings of recorded calls, where noised samples are learned from."""
     fields = PruneStage.model_fields
+    whole = methods.load("prune", stage.method).calibrated == "trajectories"
+    if whole and stage.data not in (None, "teacher"):
+        raise UserError(
+            f"{stage.method}: learns from the model's own trajectories, from noise, so that data has no effect. Leave it out."
+        )
     for name in ("times", "calibration"):
         if getattr(stage, name) != fields[name].default:
             raise UserError(

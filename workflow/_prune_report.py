@@ -18,6 +18,7 @@ from ._losses import Losses
 from ._prune_job import structured
 from ._report import again, environment
 from ._subject import Subject
+from ._trajectories import Trajectories
 
 if TYPE_CHECKING:
     from ..core.anatomy import Layer
@@ -56,7 +57,7 @@ def build(
     result: "Pruned",
     saved: "Saved",
     measured: Measured,
-    losses: Losses | Latents | Gradients | Lessons | None,
+    losses: Losses | Latents | Lessons | Trajectories | Gradients | None,
     folder: Path,
 ) -> PruneReport:
     """The report of a stage, without images: those are scored later. subject: the parent."""
@@ -90,7 +91,7 @@ def build(
         not_plain_because=structure.reason,
         renamed=sum(new not in (None, old) for old, new in structure.names.items()),
         reload_difference=saved.difference,
-        calibration=_calibration(stage, subject, losses),
+        calibration=_calibration(stage, subject, losses) | _maskable(job, measured),
         spent=losses.spent() if losses is not None else {},
         command=again(folder, subject.context.options),
         environment=environment(model.device, model.dtype),
@@ -164,8 +165,18 @@ def additivity(result: "Pruned") -> Additivity | None:
     return Additivity(sums=sums, losses=reals, rank_correlation=rank, ratio=median(real / s for s, real in pairs))
 
 
+def _maskable(job: "Job", measured: Measured) -> dict[str, object]:
+    """Of a method that makes layers narrower: how much could have gone, and how much of that did."""
+    if not job.widths or not (could := sum(layer.params for layer in job.layers)):
+        return {}
+    gone = measured.before.params - measured.after.params
+    return {
+        "maskable": f"{could / measured.before.params:.1%} of the parameters could have gone; {gone / could:.1%} of them went"
+    }
+
+
 def _calibration(
-    stage: PruneStage, subject: Subject, losses: Losses | Latents | Gradients | Lessons | None
+    stage: PruneStage, subject: Subject, losses: Losses | Latents | Lessons | Trajectories | Gradients | None
 ) -> dict[str, object]:
     if losses is None:
         return {}

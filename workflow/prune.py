@@ -20,6 +20,8 @@ from ._losses import Losses
 from ._prune_job import Job, choose, cuttable, gauge_of, job_of, trajectory_steps
 from ._stage import stage_hash
 from ._subject import Subject
+from ._trajectories import FILE as WHOLE
+from ._trajectories import Trajectories
 from .context import Context, Progress
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def run_stage(stage: PruneStage, artifact_in: Artifact, folder: Path, context: C
         context.progress.advance()
     _prune_report.write(folder, report)
     finished = _pruned_model.finish(folder, report, made, stage_hash(stage, artifact_in, context))
-    for name in (FILE, STATE):
+    for name in (FILE, STATE, WHOLE):
         (folder / name).unlink(missing_ok=True)  # as large as the denoiser, and of no more use
     return finished
 
@@ -94,7 +96,9 @@ def _make(stage: PruneStage, artifact_in: Artifact, folder: Path, context: Conte
     return _pruned_model.Made(saved.folder, report, quality, moved, _pruned_model.license_of(model.folder), model.origin)
 
 
-def losses_of(stage: PruneStage, job: Job, subject: Subject, folder: Path) -> Losses | Latents | Gradients | Lessons | None:
+def losses_of(
+    stage: PruneStage, job: Job, subject: Subject, folder: Path
+) -> Losses | Latents | Gradients | Lessons | Trajectories | None:
     """What tells the method how much cuts lose, as it asks for it.
 
     On recorded calls, on whole trajectories, by gradients of the training loss, by learning, or not at all.
@@ -109,10 +113,11 @@ def losses_of(stage: PruneStage, job: Job, subject: Subject, folder: Path) -> Lo
             stage.model_copy(update={"data": None}), subject, settings
         )  # of the data they know themselves
         return Gradients(stage, subject, [width.address for width in job.widths], steps, folder, identity)
-    if job.module.calibrated == "learned":
+    if job.module.calibrated in ("learned", "trajectories"):
+        kind = Lessons if job.module.calibrated == "learned" else Trajectories
         settings = [stage.method, job.config.model_dump(mode="json"), [layer.address for layer in job.layers], job.need]
         identity = losses_identity(stage.model_copy(update={"data": None}), subject, settings)
-        return Lessons(stage, subject, job.config, folder, identity)
+        return kind(stage, subject, job.config, folder, identity)
     if job.module.calibrated != "latents":
         if not job.module.calibrated:
             return None

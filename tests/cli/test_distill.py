@@ -17,7 +17,10 @@ def test_help_shows_what_a_preset_sums() -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("lapto", "zoo:fashion"), "no preset 'lapto' of losses; there are bk, laptop, koala, tinyfusion. Did you mean 'laptop'?"),
+        (
+            ("lapto", "zoo:fashion"),
+            "no preset 'lapto' of losses; there are bk, laptop, koala, tinyfusion. Did you mean 'laptop'?",
+        ),
         (
             ("bk", "zoo:fashion"),
             "nothing says what it was pruned from, so that its teacher is not known. Give --teacher MODEL.",

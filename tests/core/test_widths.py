@@ -14,27 +14,29 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor, SlicedAttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
-from lissom.core import blueprints, cost, export, narrowing, surgery
+from lissom.core import export, narrowing, surgery
 from lissom.core.candidate import Candidate, Cut
 from lissom.core.driving.skip import absent
 from lissom.core.surgery import CannotCut, applied
-from lissom.core.widths import Width, rounded, widths
+from lissom.core.widths import Width, alike, limited, rounded, widths
 from lissom.tests.core import cutting
 from lissom.tests.core.cutting import cut_output, inputs, keep, output, remove
 from lissom.tests.core.test_surgery import state
-from lissom.workflow._gauge import Gauge
-from lissom.workflow._prune_job import time_inside
+from lissom.tests.core.tiny_families import ltx, wide
 from torch import nn
 
 KINDS: dict[str, Callable[[], Any]] = {
     **{
         name: functools.partial(cutting.shared, name)
-        for name in ("sd", "pixels", "dit", "pixart", "sana", "wan", "flux", "sd3")
+        for name in ("sd", "pixels", "dit", "pixart", "sana", "wan", "flux", "sd3", "sd3.5")
     },
+    "sana-1.5": functools.partial(wide, "sana-1.5"),
     "scale_shift": functools.cache(lambda: cutting.sd(resnet_time_scale_shift="scale_shift")),
     "resampling": functools.partial(cutting.shared, "resampling"),
 }
-READS = {"keep_heads": "to_out.0", "keep_units": "net.2", "keep_channels": "conv2"}  # what sums over heads, units, channels
+LTX = functools.cache(lambda: ltx().transformer)
+# what sums over heads, units, channels
+READS = {"keep_heads": ("to_out.0", "to_add_out"), "keep_units": ("net.2", "conv_point"), "keep_channels": ("conv2",)}
 BLOCK = "up_blocks.1.attentions.0.transformer_blocks.0"
 
 
@@ -53,26 +55,51 @@ def some(width: Width, seed: int) -> Cut:
 def masked(denoiser: Any, cuts: Sequence[Cut], counts: dict[str, int]) -> Iterator[None]:
     """Inside, nothing reads the heads, units and channels that go. Written without the code that cuts."""
     before = []
-    for each in cuts:
-        weight = denoiser.get_submodule(f"{each.address}.{READS[each.what]}").weight
-        size = weight.shape[1] // counts[each.address]
+    found = [(cut, *read) for cut in cuts for read in reads(denoiser, cut, counts[cut.address])]
+    for each, weight, first, size in found:
         assert isinstance(each.value, tuple)
         before.append((weight, weight.detach().clone()))
         for gone in set(range(counts[each.address])) - set(each.value):
-            weight.data[:, gone * size : (gone + 1) * size] = 0
+            weight.data[:, first + gone * size : first + (gone + 1) * size] = 0
     try:
         yield
     finally:
-        for weight, values in before:
+        for weight, values in reversed(before):
             weight.data.copy_(values)
 
 
-def freed(layer: Any, what: str, gone: int) -> int:
+def reads(denoiser: Any, cut: Cut, count: int) -> list[tuple[Any, int, int]]:
+    """The weights that sum over heads, units or channels, from which column on, and how many columns each has."""
+    block, _, name = cut.address.rpartition(".")
+    if block.startswith("single"):  # the heads first, then the units
+        weight, units = (
+            denoiser.get_submodule(f"{block}.proj_out").weight,
+            denoiser.get_submodule(f"{block}.proj_mlp").out_features,
+        )
+        heads = weight.shape[1] - units
+        return [(weight, heads, 1) if name == "proj_mlp" else (weight, 0, heads // count)]
+    layer = denoiser.get_submodule(cut.address)
+    there = dict(layer.named_modules())
+    weights = [there[part].weight for part in READS[cut.what] if part in there]
+    return [(weight, 0, weight.shape[1] // count) for weight in weights]
+
+
+def freed(denoiser: Any, address: str, what: str, gone: int) -> int:
     """Parameters of so many heads, units or channels, by the shapes of the formulas."""
+    layer, kind = denoiser.get_submodule(address), type(denoiser.get_submodule(address)).__name__
     if what == "keep_heads":
-        size = layer.to_q.out_features // layer.heads
-        reads = layer.to_q.in_features + layer.to_k.in_features + layer.to_v.in_features
-        return gone * size * (reads + layer.to_out[0].out_features + 3 * (layer.to_q.bias is not None))
+        size = layer.to_v.out_features // layer.heads
+        whole = type(layer.norm_q).__name__ == "RMSNorm" and layer.norm_q.weight.numel() > size  # over all heads: q and k stay
+        own = [layer.to_v] if whole else [layer.to_q, layer.to_k, layer.to_v]
+        text = [layer.add_q_proj, layer.add_k_proj, layer.add_v_proj] if getattr(layer, "add_q_proj", None) is not None else []
+        made = sum(p.in_features + (p.bias is not None) for p in (*own, *text))
+        out = [p for p in ((getattr(layer, "to_out", None) or [None])[0], getattr(layer, "to_add_out", None)) if p is not None]
+        read = sum(p.out_features for p in out) or layer.query_dim  # by the block
+        return gone * size * (made + read)
+    if kind == "Linear":  # proj_mlp
+        return gone * (layer.in_features + 1 + layer.in_features)
+    if kind == "GLUMBConv":
+        return gone * (2 * (layer.conv_inverted.in_channels + 1) + 2 * (9 + 1) + layer.conv_point.out_channels)
     if what == "keep_units":
         made = 1 + (type(layer.net[0]).__name__ in ("GEGLU", "SwiGLU"))
         return gone * (made * (layer.net[0].proj.in_features + 1) + layer.net[2].out_features)
@@ -97,7 +124,7 @@ def test_a_narrower_layer_is_the_masked_one_and_is_undone_exactly(kind: str) -> 
     for each in chosen:
         with masked(denoiser, each, counts):
             wanted = output(denoiser)
-        lost = sum(freed(denoiser.get_submodule(c.address), c.what, counts[c.address] - len(c.value or ())) for c in each)
+        lost = sum(freed(denoiser, c.address, c.what, counts[c.address] - len(c.value or ())) for c in each)
         with applied(denoiser, each):
             torch.testing.assert_close(output(denoiser), wanted, rtol=0, atol=1e-6 * float(whole.abs().max()))
             assert size - surgery.parameters(denoiser) == lost
@@ -189,7 +216,44 @@ def test_widths_are_listed_in_order_and_in_what_is_left() -> None:
         left = {width.address: width.count for width in widths(unet)}
     gone = {a for a in found if a.startswith("mid_block.attentions.0.")} | {f"{BLOCK}.ff"}
     assert left == {a: w.count for a, w in found.items() if a not in gone} | {"mid_block.resnets.0": 12}
-    assert {w.what for w in widths(cutting.shared("sd3"))} == {"keep_units"}  # its attention is a joint one
+
+
+def test_widths_of_blocks_with_two_streams_or_side_by_side() -> None:
+    """Joint attention is one width; what a single block computes side by side are two, by addresses of their own."""
+    inside = {
+        "attn": ("keep_heads", 4),
+        "attn2": ("keep_heads", 4),
+        "ff": ("keep_units", 128),
+        "ff_context": ("keep_units", 128),
+    }
+    for kind, blocks in {
+        "sd3": {"transformer_blocks.0": tuple(inside), "transformer_blocks.1": ("attn", "ff")},
+        "flux": {
+            **dict.fromkeys(("transformer_blocks.0", "transformer_blocks.1"), ("attn", "ff", "ff_context")),
+            **dict.fromkeys(("single_transformer_blocks.0", "single_transformer_blocks.1"), ("proj_mlp", "attn")),
+        },
+    }.items():
+        told = inside | {"proj_mlp": ("keep_units", 128)}
+        wanted = [Width(f"{block}.{name}", *told[name], 1) for block, names in blocks.items() for name in names]
+        assert widths(wide(kind)) == wanted
+
+
+def test_few_shapes_are_left_of_each_class_of_blocks() -> None:
+    """Counts are only ever raised, by no more than it takes; blocks of other sizes, and those of other classes, count apart."""
+    unet = cutting.shared("sd")
+    of_blocks = {w: (k * 7) % w.count + 1 for k, w in enumerate(widths(unet)) if ".transformer_blocks." in w.address}
+    kept = {**of_blocks, Width("mid_block.resnets.0", "keep_channels", 16, 4): 4}
+    for most in (8, 3, 2):
+        found = limited(unet, kept, most)
+        assert found.keys() == kept.keys() and all(kept[w] <= stays <= w.count for w, stays in found.items())
+        assert found[list(found)[-1]] == (4 if most > 2 else 16)  # ResNets of 8 and of 16 channels there are besides
+        shapes: dict[str, list[int]] = {}
+        for width, stays in found.items():
+            if width.what != "keep_channels":
+                shapes.setdefault(width.address.rpartition(".")[0], []).append(stays)
+        assert len(set(map(tuple, shapes.values()))) <= max(most, 2)  # there are blocks of 32 and of 64 units
+    assert limited(unet, kept, 99) == kept
+    assert alike([((5,), (9,)), ((1,), (9,)), ((6,), (9,)), ((9,), (99,))], 2) == [(6,), (6,), (6,), (9,)]
 
 
 def test_rounding_never_gives_nothing_nor_more_than_there_is() -> None:
@@ -199,7 +263,7 @@ def test_rounding_never_gives_nothing_nor_more_than_there_is() -> None:
 
 
 REFUSED: dict[str, tuple[str, Cut, str]] = {
-    "none": ("sd", cut(f"{BLOCK}.attn1", "heads"), r"attn1: cannot keep heads none of 4 \(they ascend, each once, from 0\)"),
+    "none": ("sd", cut("mid_block.resnets.0", "channels"), r"cannot keep channels none of 16 \(they ascend, each once, from"),
     "twice": ("sd", cut(f"{BLOCK}.ff", "units", 0, 0), r"ff: cannot keep units 0, 0 of 64"),
     "out of order": ("sd", cut("mid_block.resnets.0", "channels", 4, 5, 6, 7, 0, 1, 2, 3), r"cannot keep channels 4, 5, 6, 7, 0, 1, 2, 3 of"),
     "beyond the end": ("sd", cut(f"{BLOCK}.ff", "units", *range(60, 70)), r"cannot keep units 60, 61, 62, 63, …, 69 \(10 of them\) of 64"),
@@ -211,17 +275,17 @@ REFUSED: dict[str, tuple[str, Cut, str]] = {
     ),
     "another kind": ("sd", cut(f"{BLOCK}.ff", "heads", 0), "ff: heads cannot be cut here, because a FeedForward has no heads"),
     "an operator": ("sd", cut("conv_in", "channels", 0), "conv_in: channels cannot be cut here, because a Conv2d has no"),
-    "joint": ("sd3", cut("transformer_blocks.0.attn", "heads", 0), r"0\.attn: heads .* second stream \(joint attention\)"),
-    "added keys": ("resampling", cut("mid_block.attentions.0", "heads", 0), r"second stream \(joint attention\)"),
-    "a class of its own": ("flux", cut("transformer_blocks.0.attn", "heads", 0), "because a FluxAttention has no heads that"),
-    "a convolution inside": ("sana", cut("transformer_blocks.0.ff", "units", 0), "because a GLUMBConv has no units that"),
+    "added keys": ("resampling", cut("mid_block.attentions.0", "heads", 0), "what its AttnAddedKVProcessor2_0 does with"),
+    "a block": ("flux", cut("single_transformer_blocks.0", "units", 0), "because its units are those of its proj_mlp"),
+    "any operator": ("flux", cut("transformer_blocks.0.ff.net.2", "units", 0), "because a Linear has no units"),
+    "turned before parted": ("ltx", cut("transformer_blocks.0.attn1", "heads", 0), "its norm_q looks at all heads together"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_says_where_and_why(name: str) -> None:
     kind, each, says = REFUSED[name]
-    denoiser = KINDS[kind]()
+    denoiser = LTX() if kind == "ltx" else KINDS[kind]()
     before = state(denoiser)
     deepest = max((w for w in widths(denoiser) if w.address != each.address), key=lambda w: w.address.count("."))
     with pytest.raises(CannotCut, match=says) as e:
@@ -328,38 +392,3 @@ def test_a_model_that_is_offloaded_is_cut_as_any_other(hook: str, tmp_path: Path
         assert unet.get_submodule(f"{BLOCK}.attn1.to_q").weight.is_meta == (hook == "sequential")
     assert torch.equal(output(unet), whole) and state(unet)[0] == before
     assert export.structure(unet, cuts).sources == plan.sources
-
-
-def test_prices_hold_the_products_of_attention() -> None:
-    """Stable Diffusion 1.5 without weights: half of the heads of 4096 tokens, a quarter of a feed-forward, half of a ResNet."""
-    gauge = Gauge(blueprints.load("sd15").denoiser)
-    block = "down_blocks.0.attentions.0.transformer_blocks.0"
-    tokens, text, c = 4096, 77, 320
-    prices = {
-        cut(f"{block}.attn1", "heads", 0, 2, 4, 6): (4 * c * c // 2, (4 * tokens * c * c + 2 * tokens * tokens * c) // 2),
-        cut(f"{block}.attn2", "heads", *range(6)): (
-            2 * (c * c + 768 * c) // 4, (2 * tokens * c * c + 2 * text * 768 * c + 2 * tokens * text * c) // 4,
-        ),
-        cut(f"{block}.ff", "units", *range(960)): (320 * (2 * (c + 1) + c), tokens * 320 * 3 * c),
-        cut("down_blocks.0.resnets.1", "channels", *range(160)): (160 * (2 * 9 * c + 1 + 1281 + 2), 160 * (tokens * 2 * 9 * c + 1280)),
-    }  # fmt: skip
-    for each, (params, macs) in prices.items():
-        assert gauge.params_saved([each]) == params, each
-        assert gauge.after([each]) == (gauge.params - params, gauge.macs - macs), each
-    together = [sum(p) for p in zip(*prices.values(), strict=True)]
-    assert gauge.after(list(prices)) == (gauge.params - together[0], gauge.macs - together[1])
-    with applied(gauge.counted, [cut(f"{block}.attn1", "heads", 0, 2, 4, 6)]):  # and of skipping what is narrow already
-        table = cost.count(gauge.counted, **gauge.example(1, "meta", torch.float32)).layers
-    assert table[f"{block}.attn1"] * 2 == gauge.table.layers[f"{block}.attn1"]
-
-
-def test_a_narrower_layer_takes_its_time() -> None:
-    """The table of times says nothing of half a layer: it counts in full, with the operators in it that got narrower."""
-    gauge = Gauge(cutting.shared("sd"))
-    resnet, ff = "mid_block.resnets.0", f"{BLOCK}.ff"
-    table = {resnet: 5.0, f"{resnet}.conv1": 2.0, f"{resnet}.norm1": 0.5, ff: 1.0, f"{BLOCK}.attn2": 1.5}
-    narrow = (cut(resnet, "channels", *range(4)), cut(ff, "units", 1, 2))
-    assert time_inside(gauge, table, narrow) == 0
-    norm = Cut(address=f"{resnet}.norm1", what="remove", value="input")
-    assert time_inside(gauge, table, (*narrow, norm, *remove(f"{BLOCK}.attn2"))) == 2.0
-    assert time_inside(gauge, table, (*narrow, *remove("mid_block"))) == 5.0

@@ -1,6 +1,7 @@
 """Tiny random pipelines of more families than `tiny` has, in the same form: text, image to image, inpainting, control, video."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,12 +9,15 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKLLTXVideo,
     AutoencoderKLWan,
+    ChromaTransformer2DModel,
     ControlNetModel,
     DDIMScheduler,
+    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
+    FluxTransformer2DModel,
     KandinskyV22Pipeline,
     LDMTextToImagePipeline,
     LTXPipeline,
@@ -23,6 +27,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
+    SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3InpaintPipeline,
     StableDiffusionControlNetPipeline,
@@ -35,7 +40,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
-from lissom.tests.core import tiny
+from lissom.tests.core import cutting, tiny
 from lissom.tests.core.tiny import SIDE, WIDTH, _quiet, _trained, tokenizer, vae
 from transformers import GemmaConfig, GemmaModel, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
@@ -280,3 +285,69 @@ FAMILIES: dict[str, tiny.Family] = {
 def shared(name: str) -> Any:
     """A family's pipeline, built once: for tests that leave it as it was."""
     return FAMILIES[name][0]()
+
+
+def _transformer(cls: Any, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    return _trained(cls(**{"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 8, **settings}))
+
+
+SMALL = {"in_channels": 4, "out_channels": 4, "patch_size": 1}
+# Transformers of several heads each, and of such sizes that matrix products add up all there is, or half of it, one after the
+# other: then the sum over the half that stays is that over all with zeros among them, bit for bit.
+WIDE: dict[str, Callable[[], Any]] = {
+    "dit": lambda: _transformer(
+        DiTTransformer2DModel, sample_size=SIDE, in_channels=4, out_channels=8, num_embeds_ada_norm=1000
+    ),
+    "pixart": lambda: _transformer(
+        PixArtTransformer2DModel, sample_size=SIDE, caption_channels=WIDTH, cross_attention_dim=32, out_channels=8
+    ),
+    # Attention to the picture alone beside the joint one, norms of single heads; the last block drops the text.
+    "sd3": lambda: _transformer(
+        SD3Transformer2DModel, sample_size=SIDE, caption_projection_dim=32, joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH, dual_attention_layers=(0,), qk_norm="rms_norm", **SMALL,
+    ),
+    "flux": lambda: _transformer(FluxTransformer2DModel, **FLUX),
+    "chroma": lambda: _transformer(
+        ChromaTransformer2DModel, num_single_layers=2, joint_attention_dim=WIDTH, axes_dims_rope=[2, 2, 4],
+        approximator_layers=1, approximator_num_channels=8, approximator_hidden_dim=16, **SMALL,
+    ),
+    "sana": lambda: _transformer(SanaTransformer2DModel, **SANA),
+    "sana-1.5": lambda: _transformer(SanaTransformer2DModel, qk_norm="rms_norm_across_heads", **SANA),
+    "wan": lambda: _transformer(
+        WanTransformer3DModel, in_channels=4, out_channels=4, text_dim=WIDTH, freq_dim=16, ffn_dim=64, rope_max_seq_len=32
+    ),
+}  # fmt: skip
+FLUX: dict[str, Any] = {
+    "num_single_layers": 2, "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH, "axes_dims_rope": [2, 2, 4],
+    "guidance_embeds": True, **SMALL,
+}  # fmt: skip
+SANA: dict[str, Any] = {
+    "num_cross_attention_heads": 4, "cross_attention_head_dim": 8, "cross_attention_dim": 32, "caption_channels": WIDTH,
+    "sample_size": SIDE, "mlp_ratio": 2.0, **SMALL,
+}  # fmt: skip
+
+
+@functools.cache
+def wide(kind: str) -> Any:
+    """One of WIDE, built once: for tests that leave it as it was."""
+    return WIDE[kind]()
+
+
+def arguments(denoiser: Any) -> dict[str, Any]:
+    """`cutting.inputs`, and those of a Chroma, for which nothing can be made up outside of tests."""
+    if type(denoiser).__name__.removeprefix("Pruned") != "ChromaTransformer2DModel":
+        return cutting.inputs(denoiser)
+    drawn, places = torch.Generator().manual_seed(0), torch.zeros(16, 3)
+    places[:, 1], places[:, 2] = torch.arange(16) // 4, torch.arange(16) % 4
+    return {
+        "hidden_states": torch.randn(2, 16, 4, generator=drawn), "img_ids": places, "txt_ids": torch.zeros(5, 3),
+        "encoder_hidden_states": torch.randn(2, 5, WIDTH, generator=drawn), "timestep": torch.tensor([0.7, 0.1]),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def output(denoiser: Any) -> torch.Tensor:
+    """`cutting.output` for any of WIDE."""
+    out: torch.Tensor = denoiser(**arguments(denoiser), return_dict=False)[0]
+    return out

@@ -16,7 +16,10 @@ from lissom.tests.core import cutting
 from torch import Tensor, nn
 
 KINDS: dict[str, Callable[[], Any]] = {
-    **{name: functools.partial(cutting.shared, name) for name in ("sd", "pixels", "dit", "pixart", "sd3", "flux")},
+    **{
+        name: functools.partial(cutting.shared, name)
+        for name in ("sd", "pixels", "dit", "pixart", "sd3.5", "flux", "sana", "wan")
+    },
     "scale_shift": functools.cache(lambda: cutting.sd(resnet_time_scale_shift="scale_shift")),
 }
 
@@ -39,7 +42,7 @@ def graded() -> Iterator[Callable[[Any], Any]]:
             p.grad = None
 
 
-def by_hand(layer: Any, width: Width, product: Callable[[Tensor], Tensor]) -> Tensor:
+def by_hand(denoiser: Any, width: Width, product: Callable[[Tensor], Tensor]) -> Tensor:
     """The sum over all parameters of each group, by the layouts that diffusers' layers have. Written without `picked`."""
 
     def of(parameter: Tensor | None, dim: int, parts: int) -> Tensor:
@@ -47,21 +50,36 @@ def by_hand(layer: Any, width: Width, product: Callable[[Tensor], Tensor]) -> Te
             return torch.zeros(parts)
         return product(parameter).movedim(dim, 0).reshape(parts, -1).sum(1)
 
-    def rows(operator: Any, parts: int) -> Tensor:
-        return of(operator.weight, 0, parts) + of(operator.bias, 0, parts)
+    def rows(operator: Any, parts: int, times: int = 1) -> Tensor:
+        """times: how often each of the parts is there."""
+        found = of(operator.weight, 0, times * parts) + of(operator.bias, 0, times * parts)
+        return found.reshape(times, parts).sum(0)
 
-    n = width.count
-    if width.what == "keep_heads":
-        found = rows(layer.to_q, n) + rows(layer.to_k, n) + rows(layer.to_v, n) + of(layer.to_out[0].weight, 1, n)
+    n, (block, _, name) = width.count, width.address.rpartition(".")
+    layer = denoiser.get_submodule(width.address)
+    beside: Any = denoiser.get_submodule(block) if block.startswith("single") else None  # its output reads heads, then units
+    columns = product(beside.proj_out.weight).sum(0) if beside is not None else torch.zeros(0)
+    if name == "proj_mlp":
+        found = rows(layer, n) + columns[-n:]
+    elif width.what == "keep_heads":
+        across = layer.norm_q is not None and layer.norm_q.weight.numel() > layer.to_q.out_features // n  # Wan: q and k stay
+        made = [layer.to_v] if across else [layer.to_q, layer.to_k, layer.to_v]
+        if getattr(layer, "add_q_proj", None) is not None:
+            made += [layer.add_q_proj, layer.add_k_proj, layer.add_v_proj]
+        read = [*(getattr(layer, "to_out", None) or ())][:1] + [
+            m for m in (getattr(layer, "to_add_out", None),) if m is not None
+        ]
+        found = sum((rows(m, n) for m in made), torch.zeros(n)) + sum((of(m.weight, 1, n) for m in read), torch.zeros(n))
+        found = found + (columns[: layer.to_v.out_features].reshape(n, -1).sum(1) if beside is not None else 0)
+    elif type(layer).__name__ == "GLUMBConv":
+        found = rows(layer.conv_inverted, n, 2) + rows(layer.conv_depth, n, 2) + of(layer.conv_point.weight, 1, n)
     elif width.what == "keep_units":
         made = layer.net[0].proj
-        twice = made.out_features // n
-        found = rows(made, twice * n).reshape(twice, n).sum(0) + of(layer.net[2].weight, 1, n)
+        found = rows(made, n, made.out_features // n) + of(layer.net[2].weight, 1, n)
     else:
         found = rows(layer.conv1, n) + rows(layer.norm2, n) + of(layer.conv2.weight, 1, n)
         if layer.time_emb_proj is not None:
-            twice = layer.time_emb_proj.out_features // n
-            found = found + rows(layer.time_emb_proj, twice * n).reshape(twice, n).sum(0)
+            found = found + rows(layer.time_emb_proj, n, layer.time_emb_proj.out_features // n)
     return found.reshape(len(width.groups), -1).sum(1)
 
 
@@ -72,8 +90,7 @@ def test_the_taylor_importance_is_the_sum_of_weight_times_gradient(kind: str, gr
     found = widths(denoiser)
     assert found
     for width in found:
-        layer = denoiser.get_submodule(width.address)
-        wanted = by_hand(layer, width, lambda p: (p.detach() * p.grad).abs())
+        wanted = by_hand(denoiser, width, lambda p: (p.detach() * p.grad).abs())
         got = _coupled.importances(denoiser, width, _coupled.taylor())
         assert got.shape == (len(width.groups),)
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
@@ -84,7 +101,7 @@ def test_the_magnitude_is_the_sum_of_powers_without_norms(p: int) -> None:
     denoiser = cutting.shared("sd")
     for width in widths(denoiser):
         layer = denoiser.get_submodule(width.address)
-        wanted = by_hand(layer, width, lambda w: w.detach().abs() ** p)
+        wanted = by_hand(denoiser, width, lambda w: w.detach().abs() ** p)
         if width.what == "keep_channels":
             both = layer.norm2.weight.detach().abs() ** p + layer.norm2.bias.detach().abs() ** p
             wanted = wanted - both.reshape(len(width.groups), -1).sum(1)
@@ -148,7 +165,7 @@ def test_traced_whole_a_denoiser_ties_its_residual_stream_together() -> None:
     assert len({id(dep.layer) for dep, _ in stream if isinstance(dep.layer, nn.Conv2d)}) > 4
     for width in widths(unet):
         inside = {id(m) for m in unet.get_submodule(width.address).modules()}
-        assert {id(dep.layer) for dep, _ in _coupled.group(unet.get_submodule(width.address), width)} <= inside
+        assert {id(dep.layer) for dep, _ in _coupled.group(unet, width)} <= inside
 
 
 def test_groups_share_nothing_and_change_nothing(graded: Callable[[Any], Any]) -> None:

@@ -18,10 +18,13 @@ from lissom.workflow._prune_job import Job
 
 ALL = pytest.mark.parametrize("method", methods.names("prune"))
 DEPTH = {name for name in methods.names("prune") if hasattr(methods.load("prune", name), "units")}  # test_depth is for these
-LAYERS = [name for name in methods.names("prune") if name not in DEPTH]
+LEARNED = {
+    n for n in methods.names("prune") if methods.load("prune", n).calibrated in ("learned", "trajectories")
+}  # as are theirs
+LAYERS = [name for name in methods.names("prune") if name not in DEPTH | LEARNED]
 OTHERS = pytest.mark.parametrize("method", LAYERS)
 SETTINGS: dict[str, dict[str, Any]] = {"slim_unet": {"layers_per_block": 1}}  # a method without defaults needs some
-NARROWS = {name for name in methods.names("prune") if getattr(methods.load("prune", name), "narrows", False)}
+NARROWS = {name for name in LAYERS if getattr(methods.load("prune", name), "narrows", False)}
 TARGETED = [name for name in LAYERS if not hasattr(methods.load("prune", name), "own_target")]
 EITHER = [(method, plain) for method in LAYERS for plain in (False, True) if not (plain and method in NARROWS)]
 CHOSEN = [(method, plain) for method, plain in EITHER if method in TARGETED]
@@ -42,7 +45,11 @@ def play(method: str, task: Task, seed: int = 0, **settings: Any) -> Pruned:
 @ALL
 def test_names_its_paper_and_documents_every_knob(method: str) -> None:
     module = methods.load("prune", method)
-    assert module.__doc__ and module.Config.__doc__ and module.calibrated in (True, False, "latents", "gradients", "learned")
+    assert (
+        module.__doc__
+        and module.Config.__doc__
+        and module.calibrated in (True, False, "latents", "gradients", "learned", "trajectories")
+    )
     assert hasattr(module, "measure") == (module.calibrated == "latents")
     assert module.Config.model_config["frozen"] and module.Config.model_config["extra"] == "forbid"
     assert re.match(r"https://", module.Config.paper) or method.startswith("random_")

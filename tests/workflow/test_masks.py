@@ -1,0 +1,111 @@
+"""Masks learned through whole trajectories of real pipelines: gradients, the target, cutting again, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lissom.core.errors import UserError
+from lissom.core.recipe import parse
+from lissom.core.stages import PruneStage
+from lissom.prune import masks
+from lissom.report.prune_schema import PruneReport
+from lissom.tests.core import tiny
+from lissom.tests.workflow import small
+from lissom.workflow._subject import Subject
+from lissom.workflow._trajectories import Trajectories
+from lissom.workflow.context import Context, Options
+from lissom.workflow.describe import estimate, say
+from lissom.workflow.run import run
+
+STAGE: dict[str, Any] = {
+    "prune": "masks", "keep": 0.93, "iterations": 4, "batch": 2, "images": 3, "solver_steps": 2, "measure": False,
+    "latency_batches": [],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny latent diffusion model with attention, and its prompts."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.sd().save_pretrained(folder / "sd")
+    (folder / "prompts.txt").write_text("a shoe\na bag\n")
+    return folder
+
+
+def text(home: Path, **stage: Any) -> str:
+    stages = [{key: value for key, value in {**STAGE, **stage}.items() if value is not None}]
+    call = {**tiny.size(), "guidance_scale": 3.0}
+    return json.dumps(
+        {"lissom": 1, "model": str(home / "sd"), "prompts": str(home / "prompts.txt"), "call": call, "stages": stages}
+    )
+
+
+def prune(out: Path, recipe: str, options: Options | None = None, progress: Any = None, *, resume: bool = False) -> PruneReport:
+    context = Context(parse(recipe, "r"), out.parent, options or Options(device="cpu"), progress or small.Watched())
+    run(context.recipe, recipe, out, context, resume=resume, single=True)
+    return PruneReport.model_validate_json((out / "report.json").read_text())
+
+
+def test_a_model_is_cut_to_its_target_and_again_at_another_ratio_without_learning(model: Path, tmp_path: Path) -> None:
+    found = prune(tmp_path / "run", text(model))
+    assert found.after.params <= 0.93 * found.before.params and found.cuts and found.spent["learning_steps"] == 4
+    assert found.loss is not None and 0 < found.loss < 10 and found.loss_is.startswith("E |z(pruned) - z|^2")
+    assert found.calibration["solver steps"] == 2 and "of the parameters could have gone" in str(found.calibration["maskable"])
+    assert not (tmp_path / "run" / "learning.pt").exists() and not (tmp_path / "run" / "whole-latents.safetensors").exists()
+    again = prune(tmp_path / "again", text(model, keep=0.96, gates=str(tmp_path / "run")))
+    assert 0.93 * again.before.params < again.after.params <= 0.96 * again.before.params and "learning_steps" not in again.spent
+    assert {c.address for c in again.cuts} <= {c.address for c in found.cuts}
+
+
+def test_the_gradient_of_the_distance_is_that_of_finite_differences(model: Path, tmp_path: Path) -> None:
+    recipe = text(model)
+    context = Context(parse(recipe, "r"), tmp_path, Options(device="cpu"))
+    subject = Subject.load(str(model / "sd"), context)
+    stage = context.recipe.stages[0]
+    assert isinstance(stage, PruneStage)
+    found = Trajectories(stage, subject, masks.Config(batch=2, images=3, solver_steps=2), tmp_path, "same")
+    place = "down_blocks.0.attentions.0.transformer_blocks.0.ff"
+    count = subject.model.denoiser.get_submodule(place).net[2].in_features
+    factors = torch.full((count,), 0.7, requires_grad=True)
+    value = found.distance([0, 2], {place: ("keep_units", factors)})
+    value.backward()
+    assert factors.grad is not None  # (the first call samples the whole model, without these factors)
+    step, near = 0.02, []
+    for sign in (1, -1):
+        moved = torch.full((count,), 0.7 + sign * step)
+        near.append(found.distance([0, 2], {place: ("keep_units", moved)}).item())
+    assert float(factors.grad.sum()) == pytest.approx((near[0] - near[1]) / (2 * step), rel=0.05)
+    assert value.item() == pytest.approx(found.distance([2, 0, 5], {place: ("keep_units", torch.full((count,), 0.7))}).item())
+    whole = found.distance([0, 1, 2], {place: ("keep_units", torch.ones(count))})
+    assert whole.item() == pytest.approx(0.0, abs=1e-12) and value.item() > 1e-9
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"keep": 0.2}, r"keep=0\.2: cannot be reached; the cuts hold [\d.]+% of the params"),
+        ({"what": ["heads"], "keep": 0.9}, "masks: with what=heads"),
+        ({"data": "images"}, "learns from the model's own trajectories"),
+        ({"times": 3}, "times has no effect"),
+        ({"require_plain_load": True}, "which no stock config expresses"),
+        ({"gates": "nowhere"}, "gates: .*nowhere.* cannot be read"),
+        ({"solver_steps": 5000}, "solver_steps 5000: DDIMScheduler was trained with 1000 timesteps"),
+    ],
+)
+def test_what_cannot_be_learned(stage: dict[str, Any], words: str, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        prune(tmp_path / "run", text(model, **stage))
+
+
+def test_half_precision_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="gates are learned in float32"):
+        prune(tmp_path / "run", text(model), Options(device="cpu", dtype="bfloat16"))
+
+
+def test_an_estimate_learns_nothing(model: Path, tmp_path: Path) -> None:
+    context = Context(parse(text(model), "r"), tmp_path, Options(device="cpu"))
+    (stage,) = estimate(context.recipe, context)["stages"]
+    assert stage["denoiser_forwards"] == 3 * 2 + 2 * 4 * 2 * 2 and stage["denoiser_backwards"] == 4 * 2 * 2
+    assert "4 steps of 2 trajectories" in say({"stages": [stage], "recipe": "r"})
