@@ -128,8 +128,10 @@ def others(texts: list[str] | None) -> dict[str, str] | None:
     found = {}
     for text in texts or []:
         name, equals, ref = text.partition("=")
-        if not equals or not re.fullmatch(r"\w[\w-]*", name) or not ref:
-            raise typer.BadParameter(f"{text!r}: write a name and a model, e.g. small=runs/small.", param_hint="--models")
+        if not equals or not re.fullmatch(r"\w[\w-]*", name) or not ref or name in found:
+            raise typer.BadParameter(
+                f"{text!r}: write a name and a model, e.g. small=runs/small, each name once.", param_hint="--models"
+            )
         found[name] = str(Path(ref).resolve()) if Path(ref).is_dir() else ref
     return found or None
 

@@ -100,7 +100,7 @@ def evaluate(
         "metrics": o.words(metrics),
         "samples": samples,
     }
-    lent = models_of(plan) | (o.others(models) or {})
+    lent = o.others(models)
     recipe = work.lone(
         model, seed=seed, prompts=str(prompts) if prompts else None, call=o.pairs(call), evaluate=settings, models=lent
     )
@@ -108,7 +108,7 @@ def evaluate(
     wanted = o.numbers(power, "--power")
     machine = o.options(device, dtype, offload, trust_remote_code, chunk)
     with watch(quiet) as progress, tempfile.TemporaryDirectory() as scratch:
-        context = Context(recipe, Path.cwd(), machine, progress)
+        context = Context(recipe, Path.cwd(), machine, progress, others=models_of(plan))
         if dry_run:
             cost = work.estimate(model, followed, steps, samples, context, scored=True)
             print(json.dumps(cost | {"metrics": recipe.evaluate.metrics}) if json_ else work.say(cost))

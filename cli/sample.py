@@ -56,10 +56,10 @@ def sample(
         if prompt:
             prompts = Path(scratch) / "prompts.txt"
             prompts.write_text("\n".join(" ".join(p.split()) for p in prompt), encoding="utf-8")
-        lent = models_of(plan) | (o.others(models) or {})
+        lent = o.others(models)
         recipe = work.lone(model, seed=seed, prompts=str(prompts) if prompts else None, call=o.pairs(call), models=lent)
         machine = o.options(device, dtype, offload, trust_remote_code, chunk)
-        context = Context(recipe, Path.cwd(), machine, progress)
+        context = Context(recipe, Path.cwd(), machine, progress, others=models_of(plan))
         if dry_run:
             cost = work.estimate(model, followed, steps, count, context, scored=False)
             print(json.dumps(cost | {"file": str(out)}) if json_ else work.say(cost))

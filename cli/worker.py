@@ -25,6 +25,7 @@ def worker(
     model: Annotated[
         str | None, typer.Option("--model", metavar="MODEL", help="Where the search's model is on this machine, if elsewhere.")
     ] = None,
+    models: o.Models = None,
     base: Annotated[
         Path | None,
         typer.Option("--base", metavar="DIR", help="Where the recipe's relative paths start on this machine, if elsewhere."),
@@ -72,7 +73,7 @@ def worker(
         memo_dir=str(memo_dir.resolve()) if memo_dir else None,
         max_time=o.seconds(max_time),
     )
-    terms = Terms(options, device, dtype, model, base, lasts, o.seconds(idle, "--idle"))
+    terms = Terms(options, device, dtype, model, base, lasts, o.seconds(idle, "--idle"), models=o.others(models) or {})
     with watch(quiet) as progress:
         outcome = work(where, study, terms, progress)
     print(json.dumps(asdict(outcome)) if json_ else outcome.said)

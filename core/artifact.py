@@ -118,10 +118,10 @@ def made_model(folder: Path) -> Path | None:
     return path if (path / "model_index.json").is_file() else None
 
 
-def models_of(path: Path | None) -> dict[str, str]:
-    """References of the other models that a run's plan names; none for a lone plan.json, which holds no references."""
+def models_of(path: Path | None) -> dict[str, Other]:
+    """The other models that a run's plan names; none for a lone plan.json, which knows names only."""
     made = manifest(finished(path)) if path is not None and path.is_dir() else None
-    return {name: other.model for name, other in made.models.items()} if made else {}
+    return dict(made.models) if made else {}
 
 
 def read_plan(path: Path | str) -> SamplingPlan:

@@ -40,6 +40,9 @@ def misfit(own: Any, other: Any) -> str | None:
     True
     """
     ours, theirs = denoisers(own), denoisers(other)
+    for name in theirs:
+        if name not in ours:
+            return f"it has a {name} beside, which would never be called"
     for name, module in ours.items():
         if name not in theirs:
             return f"it has no {name}"
@@ -56,7 +59,7 @@ def misfit(own: Any, other: Any) -> str | None:
 
 def _schedules(own: Any, other: Any) -> str | None:
     a, b = _config(own), _config(other)
-    flows = [getattr(s, "alphas_cumprod", None) is None for s in (own, other)]
+    flows = [_flows(scheduler, config) for scheduler, config in ((own, a), (other, b))]
     if flows[0] != flows[1]:
         kinds = ["flow matching" if flow else "a schedule of variances" for flow in flows]
         return f"it was trained with {kinds[1]}, not with {kinds[0]}"
@@ -66,6 +69,15 @@ def _schedules(own: Any, other: Any) -> str | None:
     if not flows[0] and float((own.alphas_cumprod.cpu() - other.alphas_cumprod.cpu()).abs().max()) > CLOSE:
         return "its noise schedule (betas) is another one"
     return None
+
+
+def _flows(scheduler: Any, config: dict[str, Any]) -> bool:
+    """Whether a scheduler is one of flow matching; several can be either."""
+    return (
+        "FlowMatch" in type(scheduler).__name__
+        or bool(config.get("use_flow_sigmas"))
+        or not hasattr(scheduler, "alphas_cumprod")
+    )
 
 
 def _config(part: Any) -> dict[str, Any]:

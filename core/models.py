@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import artifact, opening
+from . import artifact, lending, opening
 from .candidate import SamplingPlan
 from .conditions import Conditions
 from .conditions import read as read_conditions
@@ -90,7 +90,7 @@ def load(
                 )
     _place(pipe, device, offload)
     rows = folder / "conditions.jsonl"
-    return Model(
+    model = Model(
         pipe=pipe,
         ref=pinned,
         folder=folder,
@@ -101,6 +101,8 @@ def load(
         dtype=dtype,
         others=others,
     )
+    lending.lend(model, others, offload=offload, trust_remote_code=trust_remote_code)
+    return model
 
 
 def identify(ref: str, trust_remote_code: bool = False) -> tuple[str, str]:

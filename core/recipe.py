@@ -43,7 +43,9 @@ class Recipe(Data):
     call: dict[str, Any] = Field(default_factory=dict)  # further `__call__` arguments: guidance_scale, height, …
     evaluate: Evaluate = Evaluate()
     # Other models that may make steps of a plan, by the name that the plan calls them: as `model`. Same latents, same schedule.
-    models: dict[Annotated[str, Field(pattern=r"^\w[\w-]*$")], str] = Field(default_factory=dict)
+    models: dict[Annotated[str, Field(pattern=r"^\w[\w-]*$")], Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=dict
+    )
     stages: tuple[Stage, ...] = Field(min_length=1)
     gates: dict[str, Gate] = Field(default_factory=dict)  # against the recipe's own model: `run` exits 3 or 4
 

@@ -145,6 +145,11 @@ def left_out_head(report: SearchReport) -> str:
     return f"{head}, other models' steps" if stitching(report) else head
 
 
+def uncut(report: SearchReport) -> str:
+    """What shares of cost are of."""
+    return "the dearest model's uncut run" if "models" in report.space else "the uncut run"
+
+
 def reusing(report: SearchReport) -> bool:
     """Whether any schedule reuses layers."""
     return any(step.reuse for step in _steps(report))

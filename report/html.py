@@ -55,8 +55,8 @@ def _keys(report: SearchReport, best: Scored) -> list[_page.Key]:
         ("fixed", f"{label}, {best.name} (best fixed)", _words.quoted(_words.find(best, report.objective))),
         ("", f"gain over {best.name} (1: none)", _words.ratio_words(report.ratio).removeprefix("ratio ")),
     ]
-    work = _page.Key("", "MACs ratio, searched", f"{winner.macs_ratio:.3f}", "of the uncut run; work, not seconds")
-    beside = {"latency": "of the uncut run's time", "params": "of the uncut model's"}
+    work = _page.Key("", "MACs ratio, searched", f"{winner.macs_ratio:.3f}", f"of {_words.uncut(report)}; work, not seconds")
+    beside = {"latency": f"of {_words.uncut(report)}'s time", "params": "of the uncut model's"}
     costs = [_page.Key("", _words.COSTS[n], _words.share(winner, n), beside[n]) for n in _words.priced(report)]
     return [*(_page.key(*one) for one in found), work, *costs]
 

@@ -40,7 +40,7 @@ def _results(report: SearchReport) -> list[str]:
     lines = [_result(scored, report, [m.metric for m in columns]) for scored in (report.winner, *report.baselines)]
     note = (
         f"Values with 95 % intervals, on {report.report_samples:,} images of seeds and a reference that the search never saw. "
-        f"It optimised {_words.optimised(report)} only. MACs ratio: multiply-accumulates of the denoiser against the uncut run "
+        f"It optimised {_words.optimised(report)} only. MACs ratio: multiply-accumulates of the denoiser against {_words.uncut(report)} "
         f"of {report.steps} steps; it counts work and says nothing about seconds."
     )
     return ["## Results", table(head, lines), note]

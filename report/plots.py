@@ -66,7 +66,7 @@ def axis_label(report: SearchReport, name: str) -> str:
         measured = next((m for m in _words.metrics(report) if m.metric == name), None)
         return _words.heading(measured) if measured else name
     words = {"macs": "MACs ratio", "params": "parameters"}.get(name, _words.COSTS[name])
-    return f"{words} against the uncut run" if name != "params" else "parameters against the uncut model"
+    return f"{words} against {_words.uncut(report)}" if name != "params" else "parameters against the uncut model"
 
 
 def progress(report: SearchReport) -> str:

@@ -166,7 +166,7 @@ def _render(plan: SamplingPlan, model: ModelCall, count: int) -> str:
         times=[_number(t) for t in plan.timesteps],
         sigmas=[repr(plan.steps[i].sigma) for i in order] if plan.steps[0].sigma is not None else [],
         models=[
-            f"{_literal(model.models[n])}: {_calls([i for i, step in enumerate(steps) if step.model == n])}"
+            f"({_literal(model.models[n])}, {_calls([i for i, step in enumerate(steps) if step.model == n])})"
             for n in plan.models
         ],
         twice=name in TWICE,

@@ -85,7 +85,7 @@ def _objectives(report: SearchReport) -> list[str]:
     shares = {name: _words.cost(winner, name) for name in asked}
     known = [f"{_words.COSTS[name]} {share:.3f}" for name, share in shares.items() if share is not None]
     unknown = [_words.COSTS[name] for name, share in shares.items() if share is None]
-    found += [f"As shares of the uncut run: {_words.listed(known)}."] if known else []
+    found += [f"As shares of {_words.uncut(report)}: {_words.listed(known)}."] if known else []
     found += [f"Not known of it: {_words.listed(unknown)}."] if unknown else []
     return found
 

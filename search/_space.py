@@ -88,6 +88,14 @@ class Space:
         """K distinct timesteps, uniformly; nothing left out, nothing cut."""
         return self.repair([Step(timestep=self.draw(rng))], (), rng)
 
+    def random_steps(self, rng: random.Random) -> Genome:
+        """K distinct timesteps, and who makes each where several models can, uniformly; nothing left out, nothing cut."""
+        genome = self.random_times(rng)
+        if not self.models:
+            return genome
+        makers = (None, *self.models)
+        return Genome(tuple(made_by(step, rng.choice(makers)) for step in genome.steps), genome.shape)
+
     def repair(self, genes: Sequence[Step], shape: Sequence[int], rng: random.Random) -> Genome:
         """Exactly K distinct valid timesteps, sorted; surplus genes leave at random, missing ones are drawn.
 
@@ -253,10 +261,14 @@ class Space:
     def _ways(self, genome: Genome, names: Iterable[str]) -> "list[tuple[int, tuple[Way, str] | Maker | int]]":
         """All that saves some of these costs: (step, layer to leave out and how), (step, who else makes it) and (site, option that
         saves more than the present one)."""
+        names = list(names)
         layers = [a for a in self.left(genome) if any(self.prices[name].layers.get(a, 0) > 0 for name in names)]
         ways: list[tuple[int, tuple[Way, str] | Maker | int]] = []
+        chosen = self.chosen(genome)
+        prices = {n: self.prices[n] for n in {*names, *self.budget}} if self.models else {}
+        uncut = {n: price.whole - sum(price.choices[choice.name] for choice in chosen) for n, price in prices.items()}
         for i, step in enumerate(genome.steps):
-            ways += [(i, Maker(other)) for other in self._cheaper(genome, i, names)]
+            ways += [(i, Maker(other)) for other in (self._cheaper(step, names, uncut) if self.models else ())]
             if step.model is not None:
                 continue
             out = set(step.left_out)
@@ -279,19 +291,26 @@ class Space:
             ]
         return ways
 
-    def _cheaper(self, genome: Genome, i: int, names: Iterable[str]) -> list[str | None]:
-        """Models that save some of these costs if they make a step, and raise none that has a budget; None: the pipeline's own."""
-        if not self.models:
-            return []
-        now = genome.steps[i]
+    def _cheaper(self, step: Step, names: Iterable[str], uncut: Mapping[str, float]) -> list[str | None]:
+        """Models that save some of these costs if they make a step, and raise none that has a budget; None: the pipeline's own.
+
+        uncut: what an evaluation of the pipeline's own model costs, its cuts counted. What later steps can no longer reuse of this
+        one is not: whether a budget holds is looked at afterwards.
+        """
+        now = {n: self._step_cost(step, n, uncut[n]) for n in uncut}
         found = []
         for other in (None, *self.models):
-            steps = (*genome.steps[:i], made_by(now, other), *genome.steps[i + 1 :])
-            then = self.consistent(Genome(steps, genome.shape))
-            saved = {name: self.cost(genome, name) - self.cost(then, name) for name in {*names, *self.budget}}
-            if other != now.model and any(saved[n] > 0 for n in names) and all(saved[n] >= 0 for n in self.budget):
+            then = {n: uncut[n] if other is None else self.prices[n].models.get(other, uncut[n]) for n in uncut}
+            saved = {n: now[n] - then[n] for n in uncut}
+            if other != step.model and any(saved[n] > 0 for n in names) and all(saved[n] >= 0 for n in self.budget):
                 found.append(other)
         return found
+
+    def _step_cost(self, step: Step, name: str, uncut: float) -> float:
+        price = self.prices[name]
+        if step.model is not None:
+            return price.models.get(step.model, uncut)
+        return uncut - sum(price.layers.get(a, 0.0) for a in step.left_out)
 
     def _saves(self, choice: str, now: str | None, names: Iterable[str]) -> bool:
         """Whether a choice saves more than another (None: nothing cut) of one of these costs, and no less of any with a budget."""

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..core.candidate import Request
 from ..core.measurement import Trial
 from ._operators import tightened
-from ._space import Genome, Space, made_by
 from ._task import Fresh, Task
 
 several = True
@@ -41,7 +40,7 @@ def search(task: Task, config: Config, rng: random.Random) -> Generator[list[Req
         for _ in range(100 * config.batch):  # a tiny space (K near N) may hold fewer plans than asked
             if len(batch) >= min(config.batch, left):
                 break
-            genome = tightened(task, rng).fill(_drawn(task.space, rng), rng)
+            genome = tightened(task, rng).fill(task.space.random_steps(rng), rng)
             if task.space.fits(genome) and fresh.take(genome):
                 batch.append(task.request(genome, "random"))
         if not batch:
@@ -49,11 +48,3 @@ def search(task: Task, config: Config, rng: random.Random) -> Generator[list[Req
         left -= len(batch)
         yield batch
         batch = []
-
-
-def _drawn(space: Space, rng: random.Random) -> Genome:
-    genome = space.random_times(rng)
-    if not space.models:
-        return genome
-    makers = (None, *space.models)
-    return Genome(tuple(made_by(step, rng.choice(makers)) for step in genome.steps), genome.shape)

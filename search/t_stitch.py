@@ -48,11 +48,13 @@ def search(task: Task, config: Config, rng: random.Random) -> Generator[list[Req
     batch = task.opening(fresh)
     schedule = scored[0][0] if scored else space.random_times(rng)
     for genome in divisions(schedule, space, config.grid):
-        if len(batch) == min(config.batch, left):
+        if len(batch) >= min(config.batch, left):
             left -= len(batch)
             yield batch
             batch = []
-        if left > 0 and space.fits(genome) and fresh.take(genome):
+        if left <= 0:
+            return
+        if space.fits(genome) and fresh.take(genome):
             batch.append(task.request(genome, "stitched"))
     if batch:
         yield batch

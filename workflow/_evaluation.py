@@ -65,7 +65,7 @@ def evaluate(asked: Asked, context: Context, cache: Path) -> Evaluation:
     if "rig" in needs:  # numbers of one machine are not another's
         who = replace(who, machine={**machine(who.device, who.dtype), "offload": context.options.offload})
     with contextlib.ExitStack() as stack:
-        others = {"models": hashes(seat.subject.model)} if plan is not None and plan.models else {}
+        others = {"models": hashes(seat.subject.model, plan)} if plan is not None and plan.models else {}
         early = {**vars(who), **others, "plan": plan and plan.plain(), "steps": asked.steps, "seeds": seeds.plain()}
         if asked.out is not None:
             stack.enter_context(locked(asked.out, folder_of(asked.out)))

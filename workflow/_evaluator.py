@@ -125,9 +125,9 @@ def trimmed(
             sampler.fingerprint = whole
 
 
-def hashes(model: Model) -> dict[str, str]:
-    """Fingerprints of the other models that may make steps, by name."""
-    return {name: other.model_hash for name, other in sorted(model.others.items())}
+def hashes(model: Model, plan: SamplingPlan | None = None) -> dict[str, str]:
+    """Fingerprints of the other models that may make steps, by name; of those that a plan names, if one is given."""
+    return {n: other.model_hash for n, other in sorted(model.others.items()) if plan is None or n in plan.models}
 
 
 def draw_sheet(sampler: "Sampler", plan: SamplingPlan | None, seeds: Seeds, path: Path, steps: int | None = None) -> None:

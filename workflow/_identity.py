@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import __version__
 from ..core.candidate import SamplingPlan, Scheduler, canonical
+from ._evaluator import hashes
 from ._subject import Subject
 
 
@@ -71,6 +72,8 @@ class Base:
             driving.check(uncut.model.pipe, plan)
         who = Who.of(uncut)
         what = {"model": who.model, "scheduler": None if plan else who.scheduler, "call": who.call}
+        if plan is not None and plan.models:
+            what["models"] = hashes(uncut.model, plan)
         return cls(what, plan, steps, f"{uncut.model.ref}, {said(plan, steps)}")
 
     def plain(self) -> dict[str, Any]:

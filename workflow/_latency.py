@@ -56,7 +56,7 @@ def table(stage: SearchStage, subject: Subject, gauge: Gauge, uncut: SamplingPla
         whole, layers = layer_times(gauge.denoiser, inputs, [layer.address for layer in gauge.known], model.device)
         others = {}
         for name in models:
-            (other,) = lent(model.pipe)[name].values()
+            other: Any = lent(model.pipe)[name][model.denoiser_name]
             others[name] = layer_times(other, inputs, [], model.device)[0]
         subject.context.progress.say(f"timing the uncut run and {len(layers)} layers of the denoiser, batch {batch}")
         run = statistics.median(_timed([_run(subject, uncut, batch)])[0])
@@ -92,13 +92,15 @@ def validated(
     stage: SearchStage, subject: Subject, space: "Space", measured: dict[str, Any], uncut: SamplingPlan, folder: Path
 ) -> LatencyTable:
     """The table with predictions beside what whole runs of the same candidates took. Kept in `folder` as the table is."""
+    from ..search._space import Genome
+
     model, batch = subject.model, stage.latency_batch
     rng = random.Random(0)
     least = space.share(space.cheapest("latency"), "latency")
     genomes = []
     for _ in range(CANDIDATES if space.layers or space.models or space.sites else 0):
         within = replace(space, budget={"latency": rng.uniform(least + 0.1 * (1 - least), 1.0)})
-        genomes.append(within.fill(within.random_times(rng), rng))
+        genomes.append(within.fill(within.random_steps(rng), rng))
     predicted = [round(space.share(genome, "latency"), 6) for genome in genomes]
 
     def make() -> list[float]:
@@ -107,7 +109,9 @@ def validated(
         calls = [_run(subject, uncut, batch)]
         calls += [_run(subject, c.plan, batch, c.cuts) for c in candidates if c.plan is not None]
         whole, *others = _timed(calls)
-        return [statistics.median(a / b for a, b in zip(own, whole, strict=True)) for own in others]
+        # Shares are of the dearest model's run, the run beside which the others are timed is the pipeline's own.
+        own_share = space.share(Genome(uncut.steps, (0,) * len(space.sites)), "latency")
+        return [own_share * statistics.median(a / b for a, b in zip(own, whole, strict=True)) for own in others]
 
     conditions = [model.fingerprint, batch, predicted, model.device.partition(":")[0], model.dtype]
     shares = kept(_file(folder, CHECKED, conditions), conditions, make) if genomes else []

@@ -76,6 +76,7 @@ def plans_of(subject: Subject, stage: SearchStage, folder: Path | None = None) -
     from ..core import anatomy, cost, driving, spacing
     from ..core.candidate import Scheduler
     from ..core.driving.schedulers import evaluations
+    from ..core.driving.steering import denoisers
     from ..search._space import Space
     from . import _latency
 
@@ -86,6 +87,11 @@ def plans_of(subject: Subject, stage: SearchStage, folder: Path | None = None) -
     driving.check(pipe, probe)  # refuses schedulers and pipelines that cannot follow any plan
     times = spacing.times(pipe.scheduler)
     subject.check_steps(stage.steps)
+    if "reuse" in stage.space and len(parts := denoisers(pipe)) > 1:
+        raise UserError(
+            f"space: reuse: {type(pipe).__name__} hands over from {' to '.join(parts)} on the way, and one has nothing to reuse of the "
+            "other. Take reuse out of --space."
+        )
     models = tuple(subject.context.recipe.models) if "models" in stage.space else ()
     with subject.asking():
         costs = cost.measure(pipe, {**subject.conditions.arguments(range(1)), **subject.call}, models)

@@ -136,7 +136,11 @@ def _public(text: str, folder: Path, repository: str) -> str:
     made = artifact.manifest(folder)
     assert made is not None
     places = {folder.as_posix(): repository, str(folder): repository, str(folder.resolve()): repository}
-    local = [ref for ref in (made.parent, *(a.parent for a in made.chain)) if Path(ref).is_absolute() or Path(ref).is_dir()]
+    local = [
+        ref
+        for ref in (made.parent, *(a.parent for a in made.chain), *(m.model for m in made.models.values()))
+        if Path(ref).is_absolute() or Path(ref).is_dir()
+    ]
     for old, new in {**places, **{ref: Path(ref).name for ref in local}}.items():
         text = text.replace(old, new)
     return text

@@ -290,7 +290,12 @@ def write_reproduce(
     few = seeds.model_copy(update={"count": min(REPRODUCED, seeds.count)})
     local = cut is not None or model.ref.startswith("zoo:") or Path(model.ref).is_dir()
     opened = cut or model.folder
-    others = {name: models.folder_of(model.others[name].model) for name in plan.models}
+    others = {name: model.others[name].model for name in plan.models}
+    folders = [models.folder_of(ref) for ref in others.values()]
+    places = [
+        str(at) if ref.startswith("zoo:") or Path(ref).is_dir() else ref.partition("@")[0]
+        for ref, at in zip(others.values(), folders, strict=True)
+    ]
     call = reproduce.ModelCall(
         pipeline=type(model.pipe).__name__,
         reference=str(opened) if local else model.ref.partition("@")[0],
@@ -302,8 +307,8 @@ def write_reproduce(
         denoiser=model.denoiser_name,
         dtype=model.dtype,
         device=model.device,
-        trust_remote_code=subject.context.options.trust_remote_code or any(map(needs_code, (opened, *others.values()))),
-        models={name: str(place) for name, place in others.items()},
+        trust_remote_code=subject.context.options.trust_remote_code or any(map(needs_code, (opened, *folders))),
+        models=dict(zip(others, places, strict=True)),
     )
     try:
         write_text(folder / "reproduce.py", reproduce.emit(plan, call))

@@ -31,7 +31,10 @@ def estimate(stage: SearchStage, ref: str, context: Context) -> dict[str, Any]:
         (fixed, stage.samples),
         *_candidates(stage),
         (stage.rescore + 1, stage.rescore_samples),
-        (stage.rescore + 1 + 2 + fixed, evaluate.samples),  # what can be picked, the winner's parts, the fixed schedules
+        (
+            stage.rescore + 1 + len(stage.space) + fixed,
+            evaluate.samples,
+        ),  # what can be picked, the winner's parts, the fixed schedules
     ]
     images = sum(count * n for count, n in work)
     batches = sum(count * math.ceil(n / chunk) for count, n in work)

@@ -91,10 +91,12 @@ def restore(
     dtype: str | None = None,
     model: str | None = None,
     base: Path | None = None,
+    models: Mapping[str, str] | None = None,
 ) -> Job:
     """Load the model and what scores it. Raises UserError for whatever differs from the search's, both values named.
 
-    options: how to run on this machine. model, base: where the model and the recipe's files are here, if elsewhere.
+    options: how to run on this machine. model, base, models: where the model, the recipe's files and other models of plans are
+        here, if elsewhere.
     """
     check_version(work, place)
     kind = (device or work["device"]).partition(":")[0]
@@ -105,6 +107,7 @@ def restore(
                 "results would not be comparable."
             )
     recipe = Recipe.model_validate(work["recipe"])
+    recipe = recipe.model_copy(update={"models": {**recipe.models, **(models or {})}})
     stage = recipe.stages[work["stage"]]
     assert isinstance(stage, SearchStage)
     options = replace(

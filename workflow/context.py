@@ -1,10 +1,12 @@
 """What all stages of a run share: the recipe, where relative paths start, the machine's options, and who watches."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from ..core.artifact import Other
 from ..core.candidate import Seeds
 from ..core.recipe import Recipe
 
@@ -67,6 +69,7 @@ class Context:
     options: Options = Options()
     progress: Progress = field(default_factory=Silent)
     run_id: str = ""  # names the run's studies in a shared database
+    others: Mapping[str, Other] = field(default_factory=dict)  # models that a plan from elsewhere names
     began: float = field(default_factory=time.monotonic)  # --max-time counts from here, loading included, over all stages
 
     def path(self, text: str) -> str:

@@ -39,6 +39,8 @@ def recipe_text(data: dict[str, Any], verb: str) -> str:
         pinned["model_hash"] = models.fingerprint(folder)
     if not ref.startswith("zoo:") and Path(ref).is_dir():
         pinned["model"] = str(Path(ref).resolve())
+    if "models" in data:
+        pinned["models"] = {name: models.identify(ref, trust_remote_code=True)[0] for name, ref in data["models"].items()}
     body = dump(pinned)
     return f"# Written by `lissom {verb}`; run it again with `lissom run`.\n" + body
 

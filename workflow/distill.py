@@ -56,12 +56,13 @@ def run_stage(stage: DistillStage, artifact_in: Artifact, folder: Path, context:
     quality = _before_after.Quality(teacher, stage, folder)
     lesson = _lesson(stage, student, teacher, folder, context)  # what does not fit is refused before anything is made
     plan = artifact_in.plan or (student.model.plan if stage.steps is None else None)
+    seen = plan and plan.without("model")  # of steps that another model makes the images would say nothing of these
     scored = []
     if quality.paints:
         context.progress.phase("images of teacher, student before and after", 3)
-        scored.append(quality.of("teacher", teacher, plan))
+        scored.append(quality.of("teacher", teacher, seen))
         context.progress.advance()
-        scored.append(quality.of("before", student, plan))
+        scored.append(quality.of("before", student, seen))
         context.progress.advance()
     lesson.data.make()
     team.tell({"folder": str(folder.absolute()), "student": artifact_in.ref})
@@ -87,7 +88,7 @@ def run_stage(stage: DistillStage, artifact_in: Artifact, folder: Path, context:
     if quality.paints:
         del lesson, student, teacher
         gc.collect()  # three models of full size need not fit into memory together
-        scored.append(quality.of("after", Subject.load(str(saved.folder.resolve()), context, painting=False), plan))
+        scored.append(quality.of("after", Subject.load(str(saved.folder.resolve()), context, painting=False), seen))
         context.progress.advance()
     report = report.model_copy(update={"scored": tuple(scored)})
     _distill_report.write(folder, report)

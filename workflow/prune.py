@@ -40,7 +40,9 @@ def run_stage(stage: PruneStage, artifact_in: Artifact, folder: Path, context: C
     if made.quality.paints:
         gc.collect()  # two models of full size need not fit into memory together
         pruned = Subject.load(str(made.folder.resolve()), context, painting=False)
-        report = report.model_copy(update={"scored": (*report.scored, made.quality.of("after", pruned, made.plan))})
+        report = report.model_copy(
+            update={"scored": (*report.scored, made.quality.of("after", pruned, made.plan and made.plan.without("model")))}
+        )
         context.progress.advance()
     _prune_report.write(folder, report)
     finished = _pruned_model.finish(folder, report, made, stage_hash(stage, artifact_in, context))
@@ -60,6 +62,7 @@ def _make(stage: PruneStage, artifact_in: Artifact, folder: Path, context: Conte
     gauge = gauge_of(subject)
     job = job_of(stage, gauge, model.parameters - gauge.params, model.ref, model.device, folder, model.fingerprint)
     plan = artifact_in.plan or (model.plan if stage.steps is None else None)  # a finished search brings its own
+    seen = plan and plan.without("model")  # of steps that another model makes the images would say nothing of this one
     quality = _before_after.Quality(subject, stage, folder)
     losses = losses_of(stage, job, subject, folder)
     result = choose(job, losses, context.recipe.seed, progress)
@@ -86,7 +89,7 @@ def _make(stage: PruneStage, artifact_in: Artifact, folder: Path, context: Conte
     report = _prune_report.build(stage, job, subject, result, saved, measured, losses, folder)
     if quality.paints:
         progress.phase("images before and after", 2)
-        report = report.model_copy(update={"scored": (quality.of("before", subject, plan),)})
+        report = report.model_copy(update={"scored": (quality.of("before", subject, seen),)})
         progress.advance()
     if quality.scores:
         steps = len(plan.steps) if plan else stage.steps or subject.default_steps

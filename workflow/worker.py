@@ -1,6 +1,7 @@
 """Take waiting trials of a running search, on any machine that reaches its storage."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Terms:
     base: Path | None = None  # where the recipe's relative paths start on this machine, if elsewhere
     lease: float = LEASE  # seconds without a sign of life after which others take over
     idle: float | None = None  # seconds without anything to do after which it ends; given, it also waits for a search to begin
+    models: Mapping[str, str] = field(default_factory=dict)  # where other models of plans are on this machine, if elsewhere
     patience: float | None = None  # seconds that a lost connection is waited for
 
 
@@ -76,6 +78,7 @@ def work(where: str | Path, study: str | None, terms: Terms, progress: Progress)
         dtype=terms.dtype,
         model=terms.model,
         base=terms.base,
+        models=terms.models,
     )
     same = identity(job.stage, job.subject)
     stores = {

@@ -179,7 +179,11 @@ def test_what_two_models_must_share() -> None:
     own = tiny.sd()
     assert misfit(own, changed(unet=tiny.unet(block_out_channels=(4, 8), norm_num_groups=4))) is None
     assert misfit(own, changed(scheduler=EulerDiscreteScheduler(**tiny.SD_BETAS))) is None
-    assert misfit(own, tiny.dit()) == "it has no unet"
+    assert misfit(own, tiny.dit()) == "it has a transformer beside, which would never be called"
+    assert (
+        misfit(own, changed(transformer=tiny.dit().transformer)) == "it has a transformer beside, which would never be called"
+    )
+    assert misfit(own, changed(unet=None)) == "it has no unet"
     assert misfit(own, changed(unet=tiny.unet(cross_attention_dim=8))) == "its unet has cross_attention_dim 8, not 32"
     v = DDIMScheduler(**tiny.SD_BETAS, prediction_type="v_prediction")
     assert misfit(own, changed(scheduler=v)) == "its scheduler has prediction_type v_prediction, not epsilon"

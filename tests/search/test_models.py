@@ -11,7 +11,7 @@ from lissom.search._operators import cross, mutate
 from lissom.search._space import Genome, made_by
 from lissom.search._vector import Layout
 from lissom.search.t_stitch import divisions
-from lissom.tests.search.landscape import BEST, LAYERS, plain, play, quality, space, task
+from lissom.tests.search.landscape import BEST, LAYERS, answer, plain, play, quality, space, task
 
 NAMES = [n for n in methods.names("search") if "models" in methods.load("search", n).varies]
 FREE = [n for n in NAMES if n != "t_stitch"]
@@ -158,6 +158,15 @@ def test_t_stitch_tries_every_place_to_change_over():
     assert [makers(r.candidate.plan) for r in requests] == [("small",) * n + (None,) * (4 - n) for n in range(1, 5)]
     assert all(r.candidate.plan.timesteps == BEST for r in requests)
     assert len(play("t_stitch", replace(the_task, trials=2), batch=1)) == 2
+    module = methods.load("search", "t_stitch")
+    proposals, answers, batches = module.search(replace(the_task, trials=2), module.Config(batch=1), random.Random(0)), None, []
+    while True:
+        try:
+            batches.append(proposals.send(answers))
+        except StopIteration:
+            break
+        answers = [answer(r, n) for n, r in enumerate(batches[-1])]
+    assert [len(batch) for batch in batches] == [1, 1]  # and no empty ones
     within = task("t_stitch", 60, known=(BEST,), models=("small",), budget={"macs": 0.6})
     assert [sum(m == "small" for m in makers(r.candidate.plan)) for r in play("t_stitch", within)] == [2, 3, 4]
 

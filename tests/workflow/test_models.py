@@ -11,13 +11,14 @@ import pytest
 from lissom.core import artifact, models
 from lissom.core.artifact import read_plan
 from lissom.core.candidate import SamplingPlan, Scheduler, Seeds, Step
-from lissom.core.driving import CannotFollow
+from lissom.core.driving import CannotFollow, follow
 from lissom.core.errors import UserError
 from lissom.core.recipe import parse
 from lissom.search._space import Price, Space
 from lissom.tests.workflow import small
 from lissom.workflow import _identity, _opening
 from lissom.workflow._evaluation import Asked, evaluate
+from lissom.workflow._evaluator import Evaluator
 from lissom.workflow._subject import Subject
 from lissom.workflow.context import Context, Options
 from lissom.workflow.evaluate import lone
@@ -77,6 +78,9 @@ def test_a_stitched_plan_is_searched_measured_reproduced_and_carried_on(pruned: 
     text = json.dumps({"lissom": 1, "model": str(out), "stages": [stage]})
     run(parse(text, "r"), text, tmp_path / "cut", Context(parse(text, "r"), tmp_path, CPU), resume=False, single=True)
     kept = artifact.manifest(tmp_path / "cut")
+    with follow(opened := models.load(str(out), device="cpu").pipe, plan) as state:  # from Python, as the docs say
+        opened(["a photo of a bag"], guidance_scale=1.0, output_type="latent")
+    assert state.steps == 3
     assert kept is not None and kept.models == made.models and read_plan(tmp_path / "cut").models == ("small",)
 
 
@@ -120,8 +124,10 @@ def test_what_cannot_make_steps_says_why(pruned: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words):
             small.search(tmp_path / "run", text or recipe(pruned), options=options)
 
-    refused("small: zoo:fashion-dit cannot make steps of zoo:fashion: it has no unet", text=recipe("zoo:fashion-dit"))
-    refused("nowhere: no such folder", text=recipe("./nowhere"))
+    refused(
+        "small: zoo:fashion-dit cannot make steps of zoo:fashion: it has a transformer beside", text=recipe("zoo:fashion-dit")
+    )
+    refused(r"models: small: \./nowhere: no such folder", text=recipe("./nowhere"))
     refused("--offload model: the plan's model small stays on the device", options=replace(CPU, offload="model"))
     refused("there is no other model that could make steps.*--models small=MODEL", text=small.text(space=SPACE))
     refused(r"t_stitch varies models: give --space timesteps,models", text=recipe(pruned, space=["timesteps"]))
@@ -139,6 +145,12 @@ def test_another_model_in_its_place_is_noticed(pruned: Path, tmp_path: Path) -> 
     subject = Subject.load(str(out), context(tmp_path))
     with pytest.raises(UserError, match=r"the plan was found with [0-9a-f]{16}…\. Give the model of then"):
         list(subject.sampler.images(read_plan(out), Seeds(role="report", base=0, count=4)))
+    known = replace(context(tmp_path), others=artifact.models_of(out))  # as --plan RUN hands them on
+    with pytest.raises(UserError, match="the plan was found with"):
+        list(Subject.load("zoo:fashion", known).sampler.images(read_plan(out), Seeds(role="report", base=0, count=4)))
+    shutil.rmtree(theirs)
+    with pytest.raises(UserError, match=r"models: small: .*no such folder.* Say where it is: --models small=MODEL"):
+        list(Subject.load(str(out), context(tmp_path)).sampler.images(read_plan(out), Seeds(role="report", base=0, count=4)))
     lone_plan = Subject.load("zoo:fashion", context(tmp_path))
     with pytest.raises(CannotFollow, match="--models small=MODEL"):
         list(lone_plan.sampler.images(read_plan(out), Seeds(role="report", base=0, count=4)))
@@ -174,3 +186,42 @@ def test_images_differ_from_those_of_either_model(pruned: Path, tmp_path: Path) 
     stitched = images(subject, "small", None, None)
     assert not np.array_equal(stitched, images(subject, None, None, None))
     assert not np.array_equal(stitched, images(alone, None, None, None))
+
+
+def test_what_a_pruned_model_is_measured_by_are_its_own_steps(pruned: Path, tmp_path: Path) -> None:
+    """The plan's other model paints the same before and after: nothing would be seen of what was cut."""
+    out = tmp_path / "run"
+    small.search(out, recipe(pruned, budget={"macs": 0.9}))
+    stage = {"prune": "random_cuts", "keep": 0.5, "latency_batches": []}
+    made = {
+        "lissom": 1,
+        "model": str(out),
+        "evaluate": {"reference": "zoo:fashion", "metrics": ["fid"], "samples": 8},
+        "stages": [stage],
+    }
+    text = json.dumps(made)
+    seen: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = Evaluator.score
+        patch.setattr(Evaluator, "score", lambda self, plan, *a, **k: (seen.append(plan), real(self, plan, *a, **k))[1])
+        run(parse(text, "r"), text, tmp_path / "cut", Context(parse(text, "r"), tmp_path, CPU), resume=False, single=True)
+    assert len(seen) == 2 and all(plan.models == () for plan in seen) and read_plan(tmp_path / "cut").models == ("small",)
+
+
+def test_the_base_of_an_evaluation_knows_its_models(pruned: Path, tmp_path: Path) -> None:
+    steps = (Step(timestep=800, model="small"), Step(timestep=300))
+    bases = []
+    for ref in (str(pruned), "zoo:fashion"):
+        subject = Subject.load("zoo:fashion", context(tmp_path, models={"small": ref}))
+        plan = SamplingPlan(scheduler=Scheduler.of(subject.model.pipe.scheduler), steps=steps)
+        subject.model.plan = plan
+        bases.append(_identity.Base.of(subject, None, None, own=True))
+    assert bases[0].plan == bases[1].plan and bases[0].digest != bases[1].digest
+
+
+def test_experts_that_hand_over_reuse_nothing_of_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "lissom.core.driving.steering.denoisers", lambda pipe: {"transformer": pipe.unet, "transformer_2": pipe.unet}
+    )
+    with pytest.raises(UserError, match="hands over from transformer to transformer_2 on the way"):
+        small.search(tmp_path / "run", small.text("zoo:fashion", space=["timesteps", "reuse"], steps=3))
