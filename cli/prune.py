@@ -10,7 +10,8 @@ from ._method import given, helper, run_one, short_name
 
 METHODS = (
     "A file in prune/: laptop, ld_pruner, slim_unet, magnitude, random_cuts cut layers; "
-    "diff_pruning, magnitude_widths, random_widths make them narrower."
+    "tinyfusion learns which blocks stay, hand_map, random_depth, min_loss, median_loss, shortgpt, sensitivity choose them; "
+    "masks learns which heads and units stay, diff_pruning, magnitude_widths, random_widths choose them."
 )
 
 

@@ -1,7 +1,7 @@
 """What stands in for a layer of a denoiser that is skipped or cut, and how cuts change the module tree.
 
-This file imports torch and of lissom only narrowing.py and experts.py, which do the same: an artifact whose cuts no stock config can
-express carries the text of all three, so that diffusers opens it where lissom is not installed. Cuts come as plain JSON: {"address": ...,
+This file imports torch and of lissom only narrowing.py (and that slicing.py) and experts.py, which do the same: an artifact whose cuts no
+stock config can express carries the text of all four, so that diffusers opens it where lissom is not installed. Cuts come as plain JSON: {"address": ...,
 "what": ..., "value": ...}.
 """
 

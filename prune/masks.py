@@ -35,6 +35,7 @@ narrows = True  # cuts widths, not layers
 
 Scores = Mapping[Width, Sequence[float]]  # of each head, unit or channel group
 What = Literal["heads", "units", "channels"]
+BOTH: tuple[What, ...] = ("heads", "units")
 
 
 class Config(BaseModel):
@@ -43,9 +44,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.02852"
 
-    what: tuple[What, ...] = Field(
-        default=("heads", "units"), min_length=1
-    )  # of attentions, of feed-forwards; of ResNets: ours
+    what: tuple[What, ...] = Field(default=BOTH, min_length=1)  # of attentions, of feed-forwards; of ResNets: ours
     solver_steps: int | None = Field(default=10, ge=1)  # steps of the trajectories; the paper has 50, SDXL's and FLUX-dev's own
     iterations: int = Field(default=100, ge=1)  # steps of the optimiser; the paper: 100 of 4 trajectories
     batch: int = Field(default=4, ge=1)  # trajectories behind each step

@@ -61,7 +61,7 @@ def test_dry_run_for_people(here: Path) -> None:
         (["laptop", "zoo:fashion", "--steps", "2000"], "--steps 2000: DDIMScheduler was trained with 1000 timesteps"),
         (["laptop", "config:sd15"], "config:sd15: a structure without weights cannot be run"),
         (["laptop", "config:sd16", "--dry-run"], "Did you mean 'sd15'"),
-        (["magnitde", "zoo:fashion"], "no method 'magnitde' in prune/; there are diff_pruning, laptop"),
+        (["magnitde", "zoo:fashion"], "no method 'magnitde' in prune/; there are diff_pruning, hand_map, laptop"),
         (["slim_unet", "zoo:fashion", "--keep", "0.5"], "slim_unet: brings its own structure, so that there is no keep to set"),
         (["slim_unet", "zoo:fashion", "--include", "up*"], "slim_unet: brings its own structure; units, include and exclude"),
         (["laptop", "zoo:fashion", "--set", "latency_batches=[0]"], "latency_batches.0: input should be greater than or equal to 1"),
