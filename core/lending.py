@@ -1,7 +1,7 @@
 """Other models that may make steps of a pipeline's plans: loaded when a plan first names them, and checked then."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from .artifact import Other
@@ -12,26 +12,25 @@ if TYPE_CHECKING:
     from .models import Model
 
 
-def lend(model: "Model", others: Mapping[str, Other], *, offload: str = "none", trust_remote_code: bool = False) -> None:
-    """Let plans of this model name others. Nothing is loaded yet.
+def lend(model: "Model", others: Mapping[str, Other], load: "Callable[[str], Model]", offload: str = "none") -> None:
+    """Let plans of this model name others. Nothing is loaded yet. load: opens a reference on the model's device, in its dtype.
 
     Once a plan needs one: UserError where it cannot be loaded, has other weights than it is known by, or does not fit the model.
     """
     from .driving.switch import lend as lend_one
 
     for name, other in others.items():
-        lend_one(model.pipe, name, functools.partial(_load, name, other, model, offload, trust_remote_code))
+        lend_one(model.pipe, name, functools.partial(_load, name, other, model, load, offload))
 
 
-def _load(name: str, other: Other, own: "Model", offload: str, trust_remote_code: bool) -> "Denoisers":
-    from . import models
+def _load(name: str, other: Other, own: "Model", load: "Callable[[str], Model]", offload: str) -> "Denoisers":
     from .driving.steering import denoisers
     from .fit import misfit
 
     if offload != "none":
         raise UserError(f"--offload {offload}: the plan's model {name} stays on the device. Leave --offload out.")
     try:
-        there = models.load(other.model, device=own.device, dtype=own.dtype, trust_remote_code=trust_remote_code)
+        there = load(other.model)
     except UserError as e:
         raise type(e)(f"models: {name}: {e} Say where it is: --models {name}=MODEL.") from e
     if there.fingerprint != other.model_hash:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,8 +101,13 @@ def load(
         dtype=dtype,
         others=others,
     )
-    lending.lend(model, others, offload=offload, trust_remote_code=trust_remote_code)
+    lending.lend(model, others, like(model, trust_remote_code), offload)
     return model
+
+
+def like(model: Model, trust_remote_code: bool = False) -> Callable[[str], Model]:
+    """Loads further models on the same device, in the same dtype."""
+    return lambda ref: load(ref, device=model.device, dtype=model.dtype, trust_remote_code=trust_remote_code)
 
 
 def identify(ref: str, trust_remote_code: bool = False) -> tuple[str, str]:

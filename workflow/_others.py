@@ -20,5 +20,5 @@ def lend(model: Model, context: Context) -> dict[str, Other]:
         except UserError as e:
             raise type(e)(f"models: {name}: {e}") from e
         found[name] = Other(model=pinned, model_hash=fingerprint)
-    lending.lend(model, found, offload=options.offload, trust_remote_code=options.trust_remote_code)
+    lending.lend(model, found, models.like(model, options.trust_remote_code), options.offload)
     return found

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..models import DENOISERS
+from ..opening import DENOISERS
 from .run import CannotFollow, Run
 from .schedulers import disguised
 
