@@ -44,7 +44,7 @@ class Gates(nn.Module):
                 logits = logits + (-torch.log(-torch.log(u))).to(logits)
             soft = (logits / temperature).softmax(-1)
             hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
-            mask = (hard + soft - soft.detach()) @ self.get_buffer(f"ways_{k}")
+            mask = (hard + (soft - soft.detach())) @ self.get_buffer(f"ways_{k}")
             self.masks |= {block: mask[:, i] for i, block in enumerate(group.blocks)}
 
     @contextmanager

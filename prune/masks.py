@@ -50,7 +50,9 @@ class Config(BaseModel):
     batch: int = Field(default=4, ge=1)  # trajectories behind each step
     images: int = Field(default=100, ge=1)  # different trajectories that are learned from, again and again; the paper's 100
     rate: float = Field(default=0.1, gt=0)  # learning rate of the logits; the paper's for SDXL
-    pull: float = Field(default=1.0, gt=0)  # learning rate of the two multipliers that hold the target
+    pull: float = Field(
+        default=0.05, gt=0
+    )  # learning rate of the two multipliers that hold the target; more drowns the distance
     start: float = 3.0  # logits to begin with: nearly open
     delta: float = Field(default=1e-8, gt=0)  # end of the noise, at log((1 + delta) / delta); the paper's SDXL: 0.5
     ramp: float = Field(default=0.4, ge=0, lt=1)  # share of the steps over which the target rises from nothing
@@ -112,7 +114,7 @@ def _learned(task: Task, widths: Sequence[Width], config: Config, need: float, s
             stay = _stays(task, widths, _by_width(widths, logits), config)
             hard = {w: torch.tensor([float(k in stay[w]) for k in range(len(w.groups))], device=lesson.device) for w in widths}
             soft = {w: gate(logits[name(w)], None, config.delta) for w in widths}
-            return lesson.distance(positions, masks({w: hard[w] + soft[w] - soft[w].detach() for w in widths}))
+            return lesson.distance(positions, masks({w: hard[w] + (soft[w] - soft[w].detach()) for w in widths}))
         drawn = torch.Generator().manual_seed((seed + 7919 * salt + at) % 2**63)
         noise = {w: torch.rand(len(w.groups), generator=drawn).to(lesson.device) for w in widths}
         gates = {w: gate(logits[name(w)], noise[w], config.delta) for w in widths}
