@@ -24,6 +24,7 @@ from .driving.run import Run
 from .driving.schedulers import evaluations, kind_of
 from .driving.steering import Call, Next, denoisers
 from .driving.switch import lent, switch
+from .sampling import silent
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,8 @@ def _one(pipe: Any, arguments: dict[str, Any], model: str | None) -> "_Counter":
     counter, plan = _Counter(), _one_step(pipe, model)
     accepted = set(inspect.signature(pipe.__call__).parameters)
     extra = {"num_inference_steps": 1, "output_type": "latent", "generator": torch.Generator("cpu").manual_seed(0)}
-    before = getattr(pipe, "_progress_bar_config", None) or {}
-    pipe.set_progress_bar_config(**{**before, "disable": True})
-    try:
-        with drive(pipe, Run(plan, lent(pipe)), [switch, counter]):
-            pipe(**{**{k: v for k, v in extra.items() if k in accepted}, **arguments})
-    finally:
-        pipe.set_progress_bar_config(**before)
+    with silent(pipe), drive(pipe, Run(plan, lent(pipe)), [switch, counter]):
+        pipe(**{**{k: v for k, v in extra.items() if k in accepted}, **arguments})
     return counter
 
 

@@ -246,9 +246,8 @@ class Trainer:
                 seen = self._seen(self.model, list(range(first, first + self.micro)))
                 values = torch.stack([term(seen) for term in self.terms])
                 total = (values * values.new_tensor([term.weight for term in self.terms])).sum()
-                if (
-                    self.spread
-                ):  # a layer's weights are gathered again where the way back passes it: no loss may leave the output out
+                # A layer's weights are gathered again where the way back passes it: no loss may leave the output out.
+                if self.spread:
                     total = total + 0.0 * seen.student.sum()
                 self.accelerator.backward(total / s.accumulate)
             sums += torch.cat([values.detach(), total.detach()[None]]).float() / s.accumulate

@@ -29,9 +29,3 @@ def alive(logits: Tensor, delta: float) -> Tensor:
     """
     r = torch.exp(ZERO - logits)
     return (1 - (r * (1 + delta) - delta) / (1 + r)).clamp(0.0, 1.0)
-
-
-def open_(logits: Tensor, delta: float) -> Tensor:
-    """P(M = 1), by the same steps from the other end."""
-    r = torch.exp(-ZERO - logits)
-    return (1 - (r * (1 + delta) - delta) / (1 + r)).clamp(0.0, 1.0)
