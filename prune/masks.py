@@ -50,9 +50,7 @@ class Config(BaseModel):
     batch: int = Field(default=4, ge=1)  # trajectories behind each step
     images: int = Field(default=100, ge=1)  # different trajectories that are learned from, again and again; the paper's 100
     rate: float = Field(default=0.1, gt=0)  # learning rate of the logits; the paper's for SDXL
-    pull: float = Field(
-        default=0.05, gt=0
-    )  # learning rate of the two multipliers that hold the target; more drowns the distance
+    pull: float = Field(default=0.05, gt=0)  # learning rate of the multipliers that hold the target; more drowns the distance
     start: float = 3.0  # logits to begin with: nearly open
     delta: float = Field(default=1e-8, gt=0)  # end of the noise, at log((1 + delta) / delta); the paper's SDXL: 0.5
     ramp: float = Field(default=0.4, ge=0, lt=1)  # share of the steps over which the target rises from nothing
