@@ -6,15 +6,15 @@ the last step: nothing is decoded. Memory is what this costs; how little of it i
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from .candidate import SamplingPlan
 from .driving import CannotFollow, follow
 from .driving.checkpoint import checkpoint_blocks, checkpoint_steps
-from .driving.run import Ended
-from .driving.steering import denoisers
+from .driving.run import Ended, Run
+from .driving.steering import Interceptor, denoisers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,18 +45,33 @@ def differentiable(
     import torch
 
     inside = [*([checkpoint_steps(offload=offload)] if by_step else []), checkpoint_blocks(by_block)]
-    call = inspect.unwrap(type(pipe).__call__)
-    with _others_frozen(pipe), follow(pipe, plan, inside=inside) as run, torch.enable_grad(), suppress(Ended):
-        run.ends = True
-        given = arguments.get("generator")
-        run.generators = given if isinstance(given, list) else None
-        call(pipe, **arguments)
+    with _others_frozen(pipe), torch.enable_grad():
+        run = _followed(pipe, plan, arguments, inside)
     if run.last is None or not run.last.requires_grad:
         raise CannotFollow(
             f"no gradient reaches the last latent of {type(pipe).__name__}: nothing in its denoiser asks for one. "
             "Call requires_grad_() on the weights or gates that are to learn."
         )
     return run.last
+
+
+def visited(pipe: Any, plan: SamplingPlan, arguments: Mapping[str, Any], each: Interceptor) -> None:
+    """The same loop without a graph, and `each` around its denoiser calls: for what looks at steps one by one."""
+    import torch
+
+    with torch.no_grad():
+        _followed(pipe, plan, arguments, [each])
+
+
+def _followed(pipe: Any, plan: SamplingPlan, arguments: Mapping[str, Any], inside: Sequence[Interceptor]) -> Run:
+    """The pipeline's own loop along a plan up to the last step."""
+    call = inspect.unwrap(type(pipe).__call__)
+    with follow(pipe, plan, inside=inside) as run, suppress(Ended):
+        run.ends = True
+        given = arguments.get("generator")
+        run.generators = given if isinstance(given, list) else None
+        call(pipe, **arguments)
+    return run
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..core.candidate import Cut
 from ..core.errors import UserError
@@ -45,6 +45,9 @@ class Config(BaseModel):
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.02852"
 
     what: tuple[What, ...] = Field(default=BOTH, min_length=1)  # of attentions, of feed-forwards; of ResNets: ours
+    objective: Literal["final", "steps"] = (
+        "final"  # steps: every call by itself on what the whole model came to; the paper's ablation
+    )
     solver_steps: int | None = Field(default=10, ge=1)  # steps of the trajectories; the paper has 50, SDXL's and FLUX-dev's own
     iterations: int = Field(default=100, ge=1)  # steps of the optimiser; the paper: 100 of 4 trajectories
     batch: int = Field(default=4, ge=1)  # trajectories behind each step
@@ -61,6 +64,12 @@ class Config(BaseModel):
     ema: float = Field(default=0.0, ge=0, lt=1)  # decay of averaged logits; 0: the last ones count
     clip: float = Field(default=1.0, gt=0)  # of the gradient's norm
     gates: str | None = None  # gates.safetensors of an earlier run: cut by these, at another ratio, nothing is learned
+
+    @model_validator(mode="after")
+    def _sensible(self) -> "Config":
+        if self.by_block and self.objective == "steps":
+            raise ValueError("by_block: with objective=steps nothing is computed again. Leave it out")
+        return self
 
 
 def prune(task: Task, config: Config, rng: random.Random) -> Pruned:

@@ -14,6 +14,7 @@ from ._subject import Subject
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..core.driving.steering import Call, Next
     from ..core.masking import Masks
 
 FILE = "whole-latents.safetensors"
@@ -47,32 +48,62 @@ class Trajectories(Book):
         return self._whole
 
     def distance(self, positions: Sequence[int], masks: "Masks") -> "Tensor":
+        """See `Lesson.distance`."""
         import torch
 
-        from ..core import masking
         from ..core.sampling import silent
-        from ..core.trajectory import differentiable
 
         images, value = sorted({n % self.seeds.count for n in positions}), 0.0
-        whole, variance = self.whole, self.variance  # sampled, the first time, before there are masks
+        measure = self._of_steps if self.config.objective == "steps" else self._of_latents
         # Checkpointed calls are computed again in the backward pass, which therefore has to end before the masks are taken off: it
         # goes to copies of the factors here, and on to whatever they are made of when the caller asks.
         copies = {address: (what, f.detach().requires_grad_()) for address, (what, f) in masks.items()}
-        with masking.masked(self.denoiser, copies), silent(self.subject.model.pipe):
+        with silent(self.subject.model.pipe), self.subject.asking():
             for run in _runs(images):  # a call of the pipeline takes images that follow one another
                 arguments = self.subject.sampler.arguments(self.seeds, run, len(self.plan.steps))
-                with self.subject.asking(), torch.enable_grad():
-                    last = differentiable(self.subject.model.pipe, self.plan, arguments, by_block=self.config.by_block)
-                    gap = last[: len(run)].float() - whole[run.start : run.stop].to(last.device)
-                    part = gap.square().flatten(1).mean(1).sum() / (len(images) * variance)
-                    part.backward()
-                value += part.item()
+                value += measure(run, arguments, copies, len(images))
         through = [
             (f - f.detach()) * g.grad
             for (_, f), (_, g) in zip(masks.values(), copies.values(), strict=True)
             if g.grad is not None
         ]
         return value + torch.stack([one.sum() for one in through]).sum()
+
+    def _of_latents(self, run: range, arguments: dict[str, Any], masks: "Masks", images: int) -> float:
+        """What these images add to the distance of all that are compared; its gradients go to the masks."""
+        from ..core import masking
+        from ..core.trajectory import differentiable
+
+        whole, variance = self.whole, self.variance  # sampled, the first time, before there are masks
+        with masking.masked(self.denoiser, masks):
+            last = differentiable(self.subject.model.pipe, self.plan, arguments, by_block=self.config.by_block)
+            gap = last[: len(run)].float() - whole[run.start : run.stop].to(last.device)
+            part = gap.square().flatten(1).mean(1).sum() / (images * variance)
+            part.backward()
+        return part.item()
+
+    def _of_steps(self, run: range, arguments: dict[str, Any], masks: "Masks", images: int) -> float:
+        """The same for the answers of single calls, each on what the whole model came to: no error is carried on."""
+        import torch
+
+        from ..core import masking
+        from ..core.trajectory import visited
+
+        value = 0.0
+
+        def each(call: "Call", following: "Next") -> Any:
+            nonlocal value
+            whole = following(call)
+            if call.module is self.denoiser:
+                with masking.masked(self.denoiser, masks), torch.enable_grad():
+                    gap = (following(call)[0] - whole[0]).float().square().mean() / whole[0].float().var().clamp(min=1e-12)
+                    part = gap * len(run) / (images * len(self.plan.steps))
+                    part.backward()
+                value += part.item()
+            return whole
+
+        visited(self.subject.model.pipe, self.plan, arguments, each)
+        return value
 
     @property
     def variance(self) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lissom.core import masking
 from lissom.core.errors import UserError
 from lissom.core.recipe import parse
 from lissom.core.stages import PruneStage
@@ -59,13 +60,20 @@ def test_a_model_is_cut_to_its_target_and_again_at_another_ratio_without_learnin
     assert {c.address for c in again.cuts} <= {c.address for c in found.cuts}
 
 
-def test_the_gradient_of_the_distance_is_that_of_finite_differences(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["final", "steps"])
+def test_the_gradient_of_the_distance_is_that_of_finite_differences(objective: str, model: Path, tmp_path: Path) -> None:
     recipe = text(model)
     context = Context(parse(recipe, "r"), tmp_path, Options(device="cpu"))
     subject = Subject.load(str(model / "sd"), context)
     stage = context.recipe.stages[0]
     assert isinstance(stage, PruneStage)
-    found = Trajectories(stage, subject, masks.Config(batch=2, images=3, solver_steps=2), tmp_path, "same")
+    found = Trajectories(
+        stage,
+        subject,
+        masks.Config.model_validate({"batch": 2, "images": 3, "solver_steps": 2, "objective": objective}),
+        tmp_path,
+        "same",
+    )
     place = "down_blocks.0.attentions.0.transformer_blocks.0.ff"
     count = subject.model.denoiser.get_submodule(place).net[2].in_features
     factors = torch.full((count,), 0.7, requires_grad=True)
@@ -82,6 +90,27 @@ def test_the_gradient_of_the_distance_is_that_of_finite_differences(model: Path,
     assert whole.item() == pytest.approx(0.0, abs=1e-12) and value.item() > 1e-9
 
 
+def test_single_steps_are_compared_on_what_the_whole_model_comes_to(model: Path, tmp_path: Path) -> None:
+    """Without guidance, a distance of steps is the mean over calls of what the masks change in the answer to the same input."""
+    context = Context(parse(text(model).replace("3.0", "1.0"), "r"), tmp_path, Options(device="cpu"))
+    subject = Subject.load(str(model / "sd"), context)
+    stage = context.recipe.stages[0]
+    assert isinstance(stage, PruneStage)
+    config = masks.Config(batch=1, images=1, solver_steps=3, objective="steps")
+    found = Trajectories(stage, subject, config, tmp_path, "same")
+    place, denoiser = "down_blocks.0.attentions.0.transformer_blocks.0.attn1", subject.model.denoiser
+    calls: list[tuple[Any, Any, Any]] = []
+    hook = denoiser.register_forward_hook(lambda m, a, k, o: calls.append((a, k, o[0].detach())), with_kwargs=True)
+    list(subject.sampler.images(found.plan, found.seeds, output="latents"))
+    hook.remove()
+    factors = torch.zeros(denoiser.get_submodule(place).heads)
+    with masking.masked(denoiser, {place: ("keep_heads", factors)}), torch.no_grad():
+        gaps = [(denoiser(*a, **k)[0] - o).square().mean() / o.var() for a, k, o in calls]
+    assert len(gaps) == 3
+    factors.requires_grad_()
+    assert found.distance([0], {place: ("keep_heads", factors)}).item() == pytest.approx(float(sum(gaps)) / 3, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
@@ -90,6 +119,7 @@ def test_the_gradient_of_the_distance_is_that_of_finite_differences(model: Path,
         ({"data": "images"}, "learns from the model's own trajectories"),
         ({"times": 3}, "times has no effect"),
         ({"require_plain_load": True}, "which no stock config expresses"),
+        ({"objective": "steps", "by_block": True}, "with objective=steps nothing is computed again"),
         ({"gates": "nowhere"}, "gates: .*nowhere.* cannot be read"),
         ({"solver_steps": 5000}, "solver_steps 5000: DDIMScheduler was trained with 1000 timesteps"),
     ],
