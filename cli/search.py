@@ -35,12 +35,16 @@ def search(
         ),
     ] = None,
     space: Annotated[
-        str, typer.Option("--space", help="Comma-separated: timesteps, skips, reuse, models, cuts, slim.")
+        str, typer.Option("--space", help="Comma-separated: timesteps, skips, reuse, models, cuts, slim, masks, depth.")
     ] = "timesteps,skips",
     models: o.Models = None,
     pick: Annotated[int | None, typer.Option("--pick", min=1, help="Which member of the front, or elite, is exported.")] = None,
     warm_start: Annotated[
         str | None, typer.Option("--warm-start", metavar="RUN", help="Open with the best plans of another search.")
+    ] = None,
+    learned: Annotated[
+        list[str] | None,
+        typer.Option("--learned", metavar="RUN", help="Run whose scores masks and depth in --space start from. Repeatable."),
     ] = None,
     scheduler: Annotated[
         str | None, typer.Option("--scheduler", help="A diffusers scheduler class instead of the model's own.")
@@ -83,6 +87,7 @@ def search(
         "objective": objective if objective is None or len(objective) > 1 else objective[0],
         "budget": o.shares(budget),
         "space": o.words(space),
+        "learned": [str(Path(run).resolve()) for run in learned] if learned else None,
         "scheduler": scheduler,
         "pick": pick,
         "warm_start": str(Path(warm_start).resolve()) if warm_start else None,

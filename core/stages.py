@@ -22,8 +22,9 @@ class SearchStage(Data):
         default_factory=dict
     )  # at most this share of the uncut run
     # What is varied: timesteps, layers that single steps skip, layers that they reuse from earlier ones, which of the recipe's
-    # models makes a step, cuts of single layers, the slim U-Nets' grammar of stages.
-    space: tuple[Literal["timesteps", "skips", "reuse", "models", "cuts", "slim"], ...] = Field(
+    # models makes a step, cuts of single layers, the slim U-Nets' grammar of stages, heads and units by learned gates, depth
+    # blocks by their learned chance to stay.
+    space: tuple[Literal["timesteps", "skips", "reuse", "models", "cuts", "slim", "masks", "depth"], ...] = Field(
         default=("timesteps", "skips"), min_length=1
     )
     scheduler: str | None = None  # a diffusers scheduler class to use instead of the model's own
@@ -31,6 +32,7 @@ class SearchStage(Data):
     rescore_samples: int = Field(default=1024, ge=4)
     pick: int | None = Field(default=None, ge=1)  # of the elites, or of the front of several objectives, which is exported
     warm_start: str | None = None  # folder of another search, whose best plans open this one
+    learned: tuple[str, ...] = ()  # runs whose scores `masks` and `depth` in the space start from: of prune masks, tinyfusion
     seeded_by: str | None = "laptop"  # prune method whose choices open a search of cuts; null for none
     calibration: int = Field(default=64, ge=1)  # images whose denoiser calls that method's losses are measured on
     latency_batch: int = Field(default=1, ge=1)  # images in a call, where latency counts
@@ -40,10 +42,10 @@ class SearchStage(Data):
     control: bool = False  # correct values by what the best fixed schedule does on the same seeds (control variate)
     settings: dict[str, Any] = Field(default_factory=dict)  # the method's Config, validated
 
-    @field_validator("objective", mode="before", json_schema_input_type=str | tuple[str, ...])
+    @field_validator("objective", "learned", mode="before", json_schema_input_type=str | tuple[str, ...])
     @classmethod
-    def _several(cls, objective: Any) -> Any:
-        return (objective,) if isinstance(objective, str) else objective
+    def _several(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def _sensible(self) -> "SearchStage":
@@ -54,6 +56,16 @@ class SearchStage(Data):
             raise ValueError("space must contain timesteps")
         if "reuse" in self.space and self.steps < 2:
             raise ValueError("space: reuse: a single step has no step before it. Give more steps, or take skips instead")
+        if self.learning and not self.learned:
+            raise ValueError(
+                f"space: {self.learning[0]}: starts from learned scores. Name the run that learned them (learned: RUN, --learned RUN)"
+            )
+        if self.learned and not self.learning:
+            raise ValueError("learned: has no effect on this space. Add masks or depth to it, whichever was learned")
+        if "latency" in {*self.budget, *self.objective} and "masks" in self.space:
+            raise ValueError(
+                "space: masks: how time shrinks with width is not in the table of layer times. Use macs instead of latency"
+            )
         if len(set(self.objective)) < len(self.objective):
             raise ValueError(f"objective {', '.join(self.objective)}: names one twice")
         if self.objective[0] in COSTS:
@@ -79,7 +91,17 @@ class SearchStage(Data):
     @property
     def cutting(self) -> bool:
         """Whether the model itself is varied."""
+        return self.unlearned or bool(self.learning)
+
+    @property
+    def unlearned(self) -> bool:
+        """Whether it is by cuts that need no learning."""
         return "cuts" in self.space or "slim" in self.space
+
+    @property
+    def learning(self) -> tuple[str, ...]:
+        """The parts of the space that start from learned scores."""
+        return tuple(part for part in self.space if part in ("masks", "depth"))
 
 
 KEEP = 0.7  # share that is left where none is given

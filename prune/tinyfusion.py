@@ -79,12 +79,11 @@ def prune(task: Task, config: Config, rng: random.Random) -> Pruned:
         average = Loop(lesson, rates, logits, config, loss).run()
     chances = gates.probabilities(config.scale, list(average.values()))
     gone, sure = decoded(groups, chances)
-    lesson.keep(average, {"groups": [[list(g.blocks), g.stay] for g in groups]})
+    stays = staying(groups, chances)
+    lesson.keep(average, {"groups": [[list(g.blocks), g.stay] for g in groups], "stays": stays})
     if not gone and task.need > 0:
         raise UserError("tinyfusion: the structure keeps every block. Lower keep, or give a structure such as 1:2.")
     warnings = [
         f"{sum(p < 0.5 for p in sure)} of {len(sure)} groups are undecided (the likeliest choice has less than half): learn for longer"
     ] * any(p < 0.5 for p in sure)
-    return Pruned(
-        cuts=_depth.cuts(gone), scores=staying(groups, chances), label="learned chance to stay", warnings=tuple(warnings)
-    )
+    return Pruned(cuts=_depth.cuts(gone), scores=stays, label="learned chance to stay", warnings=tuple(warnings))

@@ -99,7 +99,7 @@ class SearchReport(Data):
         str, ...
     ] = ()  # all that were searched, where there are several: metrics and costs (macs, latency, params)
     objective_label: str  # as printed, e.g. FD[zoo:judge]
-    space: tuple[str, ...] = ()  # what was varied: timesteps, skips, reuse, models, cuts, slim
+    space: tuple[str, ...] = ()  # what was varied: timesteps, skips, reuse, models, cuts, slim, masks, depth
     steps: int
     trials: int
     samples: int  # images per candidate in the search

@@ -35,7 +35,7 @@ def pruned(stage: SearchStage, subject: Subject, plans: Plans, best: SamplingPla
     from ._prune_job import choose, job_of
     from .prune import losses_of
 
-    if stage.seeded_by is None or not plans.space.sites:
+    if stage.seeded_by is None or not stage.unlearned or not plans.space.sites:
         return []
     model, progress, gauge = subject.model, subject.context.progress, plans.weigh.gauge
     goal = plans.space.budget.get("macs")

@@ -6,15 +6,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core import methods
+from ..core import methods, narrowing
 from ..core.candidate import Candidate, Cut, SamplingPlan, Step
 from ..core.conditions import Conditions
 from ..core.errors import UserError
 from ..core.stages import COSTS, SearchStage
 from ._gauge import Gauge
+from ._learned import Learned, learned
 from ._prune_job import gauge_of
 from ._sites import sites
 from ._subject import Subject
+from ._widths import share_gone
 from .context import Context
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class Plans:
     fixed: dict[str, SamplingPlan]
     costs: "Costs"
     weigh: "_Weigh"
+    learned: Learned  # what the sites of masks and depth are made of
     times: dict[str, Any] | None = None  # the latency table, where latency counts
 
     def shares(self, candidate: Candidate) -> dict[str, float]:
@@ -102,6 +105,7 @@ def plans_of(subject: Subject, stage: SearchStage, folder: Path | None = None) -
         layers = {a: costs.layers[a] for a in outermost if costs.layers.get(a)}
     fixed = spacing.fixed(pipe.scheduler, stage.steps)
     weigh = _Weigh(subject)
+    scores = learned(stage, weigh.gauge, subject.context, folder) if stage.learning else Learned()
     bare = Space(
         scheduler=scheduler,
         steps=stage.steps,
@@ -110,7 +114,7 @@ def plans_of(subject: Subject, stage: SearchStage, folder: Path | None = None) -
         whole=times.integer,
         prices={},
         layers=tuple(layers),
-        sites=sites(stage, weigh.gauge, subject.model.ref) if stage.cutting else (),
+        sites=sites(stage, weigh.gauge, subject.model.ref, scores) if stage.cutting else (),
         budget={str(name): most for name, most in stage.budget.items()},
         evaluations=evaluations(next(iter(fixed.values()))),
         ways=stage.ways,
@@ -129,7 +133,7 @@ def plans_of(subject: Subject, stage: SearchStage, folder: Path | None = None) -
     space = Space(**{**vars(bare), "prices": prices})
     _reachable(space, stage)
     _together(space)
-    return Plans(space, fixed, costs, weigh, measured)
+    return Plans(space, fixed, costs, weigh, scores, measured)
 
 
 def _macs(costs: "Costs", layers: dict[str, int], space: "Space", weigh: _Weigh) -> "Price":
@@ -137,17 +141,19 @@ def _macs(costs: "Costs", layers: dict[str, int], space: "Space", weigh: _Weigh)
 
     saved = {}
     for choice in (choice for site in space.sites for choice in site):
-        alone = [_saved(costs, cut) for cut in choice.cuts]
+        alone = [_saved(costs, cut, weigh.gauge) for cut in choice.cuts]
         if all(macs is not None for macs in alone):
-            saved[choice.name] = float(sum(macs or 0 for macs in alone))
+            saved[choice.name] = float(sum(macs or 0.0 for macs in alone))
         else:  # counted on one image without guidance's second half
             saved[choice.name] = costs.total * (1 - weigh.gauge.after(choice.cuts)[1] / weigh.gauge.macs)
     models = {name: float(macs) for name, macs in costs.models.items()}
     return Price(float(costs.total), {a: float(macs) for a, macs in layers.items()}, saved, models=models)
 
 
-def _saved(costs: "Costs", cut: Cut) -> int | None:
+def _saved(costs: "Costs", cut: Cut, gauge: Gauge) -> float | None:
     """MACs that one cut saves, where the layers' own say so. Of an attention that is emptied only its blocks go."""
+    if cut.what in narrowing.NARROWS and (macs := gauge.table.layers.get(cut.address)) is not None:
+        return macs * share_gone(gauge, cut) * costs.total / gauge.macs
     if cut.what == "remove":
         return costs.layers.get(cut.address)
     blocks = [macs for a, macs in costs.layers.items() if a.rpartition(".")[0] == f"{cut.address}.transformer_blocks"]
@@ -227,7 +233,7 @@ def check_objectives(stage: SearchStage, context: Context, conditions: Condition
     if len(stage.objective) < getattr(module, "least", 1):
         raise UserError(f"{stage.method} looks for a front, which takes two objectives. Add one, e.g. --objective macs.")
     varies = getattr(module, "varies", frozenset({"timesteps", "skips", "cuts"}))
-    foreign = [part for part in stage.space if part.replace("slim", "cuts") not in varies]
+    foreign = [part for part in stage.space if ("cuts" if part in ("slim", *stage.learning) else part) not in varies]
     if foreign:
         left = ",".join(part for part in stage.space if part not in foreign)
         raise UserError(f"{stage.method} does not vary {' or '.join(foreign)}. Give --space {left}, or take another method.")
@@ -248,5 +254,5 @@ def check_objectives(stage: SearchStage, context: Context, conditions: Condition
             f"metrics: {' and '.join(metrics)} {alone} what the search optimises. Add one that it does not, e.g. clip_score or "
             "accuracy, so that the report can show both."
         )
-    if stage.cutting and stage.seeded_by is not None:
+    if stage.unlearned and stage.seeded_by is not None:
         methods.load("prune", stage.seeded_by)  # refuses an unknown one

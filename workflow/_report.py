@@ -88,8 +88,10 @@ def _conditions(stage: SearchStage) -> dict[str, str]:
         found["control variate"] = "values are corrected by the best fixed schedule's on the same images"
     if stage.warm_start is not None:
         found["opened with"] = f"the best plans of {Path(stage.warm_start).name}"
-    if stage.cutting and stage.seeded_by is not None:
+    if stage.unlearned and stage.seeded_by is not None:
         found["first cuts"] = f"those of {stage.seeded_by}"
+    if stage.learned:
+        found["learned scores"] = f"of {', '.join(Path(run).name for run in stage.learned)}: the least go first"
     return found
 
 

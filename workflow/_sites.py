@@ -1,4 +1,4 @@
-"""What a search may cut, as sites of its space: single layers, and the moves of the slim U-Nets' grammar."""
+"""What a search may cut, as sites of its space: single layers, the moves of the slim U-Nets' grammar, and what was learned."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +6,7 @@ from ..core.candidate import Cut
 from ..core.errors import UserError
 from ..core.stages import PruneStage, SearchStage
 from ._gauge import Gauge
+from ._learned import Learned
 from ._prune_job import cuttable
 
 if TYPE_CHECKING:
@@ -14,14 +15,17 @@ if TYPE_CHECKING:
     Sites = tuple[tuple[Choice, ...], ...]
 
 
-def sites(stage: SearchStage, gauge: Gauge, name: str) -> "Sites":
-    """The sites of the space that the stage asks for. UserError where the denoiser has none. name: of the model, in messages."""
-    slim = _slim(gauge, name) if "slim" in stage.space else ()
+def sites(stage: SearchStage, gauge: Gauge, name: str, learned: Learned) -> "Sites":
+    """The sites of the space that the stage asks for, those of learned scores last. UserError where the denoiser has none.
+
+    name: of the model, in messages.
+    """
+    slim, last = _slim(gauge, name) if "slim" in stage.space else (), learned.sites()
     if "cuts" not in stage.space:
-        return slim
-    # A layer that a move removes by itself is no site of its own: one candidate would have two names.
-    removed = {cut.address for site in slim for choice in site for cut in choice.cuts if cut.what == "remove"}
-    return slim + tuple(site for site in _single(gauge, name) if not site[0].lost & removed)
+        return slim + last
+    # A layer that another site removes by itself is no site of its own: one candidate would have two names.
+    removed = {cut.address for site in slim + last for choice in site for cut in choice.cuts if cut.what == "remove"}
+    return slim + tuple(site for site in _single(gauge, name) if not site[0].lost & removed) + last
 
 
 def _single(gauge: Gauge, name: str) -> "Sites":

@@ -65,7 +65,7 @@ def saves(gauge: Gauge, of: str) -> "Callable[[tuple[Cut, ...]], float]":
 
     def macs(cuts: tuple[Cut, ...]) -> float:
         if len(cuts) == 1 and (macs := gauge.table.layers.get(cuts[0].address)) is not None:
-            return macs * _share_gone(gauge, cuts[0])  # all that a layer computes is done head by head, unit by unit
+            return macs * share_gone(gauge, cuts[0])  # all that a layer computes is done head by head, unit by unit
         return float(gauge.macs - gauge.after(cuts)[1])
 
     return macs if of == "macs" else params
@@ -99,7 +99,7 @@ def _keeping(width: "Width", groups: Sequence[Sequence[int]]) -> Cut:
     return Cut.model_validate({"address": width.address, "what": width.what, "value": stay})
 
 
-def _share_gone(gauge: Gauge, cut: Cut) -> float:
+def share_gone(gauge: Gauge, cut: Cut) -> float:
     from ..core.narrowing import width
 
     assert isinstance(cut.value, tuple)

@@ -13,7 +13,7 @@ from ..core.errors import UserError
 from ..core.measurement import Trial
 from ..core.stages import SearchStage
 from ..core.store import TrialStore
-from . import _opening, _work
+from . import _learned, _opening, _work
 from ._elites import default_pick, elites, front, parts
 from ._evaluator import draw_sheet, trimmed
 from ._judges import Judge, judges
@@ -131,7 +131,9 @@ def _propose(
     first = stage.objective[0]
     usual = sorted((t for t in known if t.state == "complete"), key=lambda t: t.value(first))
     best = usual[0].request.candidate.plan if usual else None
-    opening = [*opening, *_opening.pruned(stage, run.subject, run.plans, best or next(iter(run.plans.fixed.values())), folder)]
+    usual_plan = best or next(iter(run.plans.fixed.values()))
+    opening = [*opening, *_opening.pruned(stage, run.subject, run.plans, usual_plan, folder)]
+    opening += _learned.opening(run.plans.learned, run.plans.space, usual_plan)
     ladder = Ladder(stage, run.settle, usual[0] if usual else None)
     task = Task(run.plans.space, stage.trials, seeds, stage.objective, tuple(ladder.known(known)), tuple(opening))
     proposals = module.search(task, config, random.Random(seed))
