@@ -138,7 +138,7 @@ class Cut(Data):
 
     address: str  # of the layer, in its immediate parent model
     # keep_layers: the (ResNet, attention) pairs of a U-Net's stage that stay; remove: a layer, a sampler, a whole stage
-    what: Literal["remove", "keep_layers", "keep_heads", "keep_units", "keep_channels", "replace"]
+    what: Literal["remove", "keep_layers", "keep_heads", "keep_units", "keep_channels", "keep_modulation", "replace"]
     # Indices that stay; the name of the replacement ("empty"); of a removed block of a class that diffusers does not explain,
     # the arguments of its forward that are passed on.
     value: tuple[int, ...] | str | None = None

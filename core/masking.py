@@ -1,9 +1,9 @@
-"""Heads, units and channels masked by factors that may learn, without touching a weight.
+"""Heads, units, channels and modulation channels masked by factors that may learn, without touching a weight.
 
 A factor multiplies what the output of a layer reads: of a head all channels that it hands to the output projections. That is
 the same as multiplying its values, but not its queries and keys: with those at zero it would still attend, to all alike. At
 one nothing changes, bit for bit; at zero the head, unit or channel is gone as if it were cut (`narrowing.narrowed`), and where
-all are, the biases are left.
+all are, the biases are left. Nothing sums over modulation channels: those are multiplied as they come out, and are zero.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from . import narrowing, widths
 from .anatomy import uncompiled
 from .errors import UserError
+from .slicing import Spread
 
 Masks = Mapping[str, tuple[str, Tensor]]  # address as in `Width` -> (`Width.what`, a factor for each head, unit or channel)
 
 
 @contextmanager
 def masked(denoiser: nn.Module, masks: Masks) -> Iterator[None]:
-    """Inside, the denoiser runs with its heads, units and channels multiplied by these factors, which may require gradients.
+    """Inside, the denoiser runs with its heads, units, … multiplied by these factors, which may require gradients.
 
     The factors are held by hooks on single modules, so that it does not matter in which order, how often and by which processor
     those are called: checkpoints run them again with the same factors. A tensor may be exchanged in place between two calls.
@@ -58,9 +59,14 @@ def _hooks(denoiser: Any, address: str, what: str, factors: Tensor) -> Iterator[
     def returned(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return _scaled(output, factors, dim)
 
+    def among_zeros(module: Spread, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return _scaled(output, module.spread(factors), dim)
+
+    if what == "keep_modulation":
+        yield layer.linear, False, among_zeros if isinstance(layer.linear, Spread) else returned
     # Where one operator reads heads and units side by side, they are multiplied before they are put together: what it is given
     # is a copy of both, which nothing else keeps for the backward pass.
-    if (block := widths.beside(denoiser, address)) is not None and what == "keep_units":
+    elif (block := widths.beside(denoiser, address)) is not None and what == "keep_units":
         yield denoiser.get_submodule(f"{block}.act_mlp"), False, returned
     elif readers := narrowing.readers(layer, what):
         for name in readers:

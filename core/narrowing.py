@@ -1,4 +1,4 @@
-"""Fewer heads in an attention, fewer units in a feed-forward, fewer channels inside a ResNet block: the same layer, narrower.
+"""Fewer heads of an attention, units of a feed-forward, channels inside a ResNet block or told to a norm: the layer, narrower.
 
 What a layer takes and gives keeps its width, so that nothing around it changes. This file imports torch and of lissom only
 slicing.py, which does the same: its text goes into artifacts, between that of slicing.py and that of standins.py.
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .slicing import Nothing, Picked, Runs, flat, runs, sliced, unhooked, with_only
+from .slicing import Nothing, Picked, Runs, Spread, flat, runs, sliced, spread, unhooked, with_only
 
 # Blocks whose attention and feed-forward run side by side: their proj_out reads the heads of attn, then the units of proj_mlp.
 PARALLEL = ("FluxSingleTransformerBlock", "ChromaSingleTransformerBlock")
@@ -20,6 +20,11 @@ NARROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "keep_heads": ("heads", ("Attention", "FluxAttention", "WanAttention", "LTXAttention")),
     "keep_units": ("units", ("FeedForward", "GLUMBConv", *PARALLEL)),
     "keep_channels": ("channels", ("ResnetBlock2D",)),
+    # Outputs of the Linear that makes a norm's shifts, scales and gates from the timestep: each is that of one channel.
+    "keep_modulation": (
+        "modulation channels",
+        ("AdaLayerNormZero", "AdaLayerNormZeroSingle", "SD35AdaLayerNormZeroX", "AdaLayerNormContinuous"),
+    ),
 }
 # Processors that compute every head by itself. One that is not known may mix heads, or hold weights of its own.
 PROCESSORS = (
@@ -77,7 +82,8 @@ def width(layer: Any, what: str) -> tuple[int, int]:
     counted, classes = NARROWS[what]
     if (name := kind(layer)) not in classes:
         raise ValueError(f"a {name or type(layer).__name__} has no {counted} that can be cut")
-    return {"keep_heads": _heads, "keep_units": _units, "keep_channels": _channels}[what](layer)
+    counts = {"keep_heads": _heads, "keep_units": _units, "keep_channels": _channels, "keep_modulation": _modulation}
+    return counts[what](layer)
 
 
 def picked(layer: Any, what: str, stay: Iterable[int]) -> dict[str, Picked]:
@@ -91,6 +97,8 @@ def picked(layer: Any, what: str, stay: Iterable[int]) -> dict[str, Picked]:
         kept = _channels_of(layer, stay)
         rows = {name: (kept, ()) for name in _rows(layer) if not _across(layer, name)}
         return rows | {name: ((), kept) for name in readers(layer, what)}
+    if what == "keep_modulation":
+        return {"linear": (kept, ())}
     twice = runs([*stay, *(count + i for i in stay)])
     if what == "keep_channels":
         parts: dict[str, Picked] = {"conv1": (kept, ()), "norm2": (kept, ()), "conv2": ((), kept)}
@@ -108,9 +116,10 @@ def picked(layer: Any, what: str, stay: Iterable[int]) -> dict[str, Picked]:
 def narrowed(layer: Any, address: str, what: str, value: Any) -> Any:
     """A layer with fewer heads, units or channels: a copy that shares what it keeps whole. The layer itself if all stay.
 
-    With no heads or no units at all the biases of its outputs are left. Without its other channels a group of a GroupNorm has
-    another mean and variance: such a layer computes something else than one whose channels are masked. Without whole groups it
-    computes the same. A block of PARALLEL gives up what reads the heads that its attention has lost already.
+    With no heads or no units at all the biases of its outputs are left. Modulation channels that go are zero, as their norm
+    reads all of them. Without its other channels a group of a GroupNorm has another mean and variance: such a layer computes
+    something else than one whose channels are masked. Without whole groups it computes the same. A block of PARALLEL gives up
+    what reads the heads that its attention has lost already.
     """
     counted = NARROWS[what][0]
     try:
@@ -135,6 +144,8 @@ def narrowed(layer: Any, address: str, what: str, value: Any) -> Any:
         return layer
     if what == "keep_heads":
         new, taken = _fewer_heads(layer, taken, stay)
+    elif what == "keep_modulation":
+        new = _with(layer, {"linear": spread(layer.linear, taken["linear"][0])})
     else:
         new = _with(layer, _sliced(layer, taken))
     if what == "keep_channels":
@@ -289,11 +300,17 @@ def _channels(layer: Any) -> tuple[int, int]:
     return channels, channels // layer.norm2.num_groups
 
 
+def _modulation(layer: Any) -> tuple[int, int]:
+    _plain(layer, "linear", nn.Linear)
+    return len(layer.linear.weight), 1
+
+
 def _plain(layer: Any, name: str, cls: type[nn.Module]) -> None:
     """ValueError unless a part of a layer is an operator of this class with numbers that can be picked one by one."""
     part: Any = layer.get_submodule(name)
     weight = part._parameters.get("weight") if isinstance(part, cls) else None
-    if weight is None or not weight.is_floating_point() or len(weight) != getattr(part, "out_features", len(weight)):
+    rows = len(part.places) if isinstance(part, Spread) else getattr(part, "out_features", None)
+    if weight is None or not weight.is_floating_point() or rows not in (None, len(weight)):
         raise ValueError(f"its {name} is no plain {cls.__name__} (an adapter, a cut or a quantization is in the way)")
 
 

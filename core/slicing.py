@@ -74,6 +74,61 @@ class NothingOfMap(nn.Module):
         return x[:, :0]
 
 
+class Zeros(Nothing):
+    """`Nothing` where what reads it counts on all outputs: they are zero. An adapter adds to them."""
+
+    def __init__(self, operator: Any) -> None:
+        super().__init__(operator)
+        self.out_features = operator.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C')."""
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+
+class Spread(nn.Linear):
+    """A Linear that has some of its outputs only, and gives zeros for the others: what reads it finds each in its place.
+
+    `weight` and `bias` have the rows that are left. `out_features` are all outputs, for the sake of adapters: these add to what
+    is given, and cannot be merged into rows that are gone.
+    """
+
+    kept: Runs  # outputs that are left, of all that there were before any cut
+    places: Tensor  # the same, (K,)
+
+    def __init__(self, operator: Any, rows: Runs) -> None:
+        """rows: of the operator, which may be one of these itself. It is left to `spread` to take them."""
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.training = operator.in_features, operator.out_features, operator.training
+        self._parameters = operator._parameters
+        if "_hf_hook" in vars(operator):  # knows where the weights are
+            self._hf_hook = operator._hf_hook
+        if isinstance(operator, Spread):
+            left = flat(operator.kept)
+            rows = runs(left[i] for i in flat(rows))
+        self.kept = rows
+        self._place(operator.weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C')."""
+        return self.spread(nn.functional.linear(x, self.weight, self.bias))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Numbers of the outputs that are left, among zeros for the others: (..., K) -> (..., C')."""
+        out = values.new_zeros(*values.shape[:-1], self.out_features)
+        return out.index_copy(-1, self.places.to(values.device), values)
+
+    def _place(self, device: torch.device) -> None:
+        # Never on meta: in no file is what could fill it later.
+        places = torch.tensor(flat(self.kept), device="cpu" if device.type == "meta" else device)
+        self.register_buffer("places", places, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._place(self.places.device)  # after `to_empty` there would be any numbers
+        return self
+
+
 class Only:
     """A forward hook after which an operator's last dimension has only these channels."""
 
@@ -115,6 +170,15 @@ def sliced(operator: Any, rows: Runs = (), columns: Runs = ()) -> Any:
 
         on = {"execution_device": offloads.execution_device, "io_same_device": offloads.io_same_device}
         add_hook_to_module(new, AlignDevicesHook(**on, offload=True, skip_keys=offloads.skip_keys))
+    return new
+
+
+def spread(operator: Any, rows: Runs) -> Any:
+    """A copy of a Linear with these outputs among zeros for the others."""
+    if rows == NONE:
+        return Zeros(operator)
+    new = sliced(Spread(operator, rows), rows)
+    new.out_features = operator.out_features
     return new
 
 

@@ -187,7 +187,7 @@ def cut(denoiser: Any, cuts: Sequence[Mapping[str, Any]]) -> Callable[[], None]:
 
     remove: an Absent takes the layer's place; a sampler, a whole stage or the middle of a U-Net is taken out.
     keep_layers: a block of a U-Net keeps the (ResNet, attention) pairs of these indices, renumbered.
-    keep_heads, keep_units, keep_channels: a layer keeps those of these indices; see `narrowed`.
+    keep_heads, keep_units, keep_channels, keep_modulation: a layer keeps those of these indices; see `narrowed`.
     replace by "empty": see `emptied`; by "experts ADDRESS …": see `mixed`. Those others have to be cut.
     """
     undo: list[tuple[dict[str, Any], str, Any]] = []

@@ -1,4 +1,4 @@
-"""What can be made narrower inside a denoiser: heads of its attentions, units of its feed-forwards, channels of its ResNets."""
+"""What can be made narrower inside a denoiser: heads of attentions, units of feed-forwards, channels of ResNets and norms."""
 
 import itertools
 import re
@@ -18,13 +18,13 @@ class Width:
     """The width of one layer, of which a cut may leave a part."""
 
     address: str
-    what: str  # keep_heads, keep_units, keep_channels: `Cut.what`
-    count: int  # heads, units or channels there are
+    what: str  # keep_heads, keep_units, keep_channels, keep_modulation: `Cut.what`
+    count: int  # heads, units, channels or modulation channels there are
     granule: int  # how many in a row go together: 1, or the channels in a group of the ResNet's GroupNorm
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Indices that go together. Any of the groups may go, as long as one stays; heads and units may go altogether.
+        """Indices that go together. Any of the groups may go, as long as one stays; all but channels may go altogether.
 
         >>> Width("mid_block.resnets.0", "keep_channels", 6, 2).groups
         ((0, 1), (2, 3), (4, 5))

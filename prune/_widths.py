@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Scores = Mapping[Width, Sequence[float]]  # of each of a width's groups
 Ladders = Mapping[Width, tuple[int, ...]]  # how many heads, units or channels may stay, all of them first
-What = Literal["heads", "units", "channels"]
+What = Literal["heads", "units", "channels", "modulation"]
 WHAT: tuple[What, ...] = ("heads", "units", "channels")
 
 
@@ -27,10 +27,10 @@ class Narrowing(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    what: tuple[What, ...] = Field(default=WHAT, min_length=1)  # of attentions, of feed-forwards, of ResNets
+    what: tuple[What, ...] = Field(default=WHAT, min_length=1)  # of attentions, of feed-forwards, of ResNets, of norms
     scope: Literal["local", "global"] = "local"  # the same share of every layer, or the least score per saved unit first
     least: float = Field(default=0.0, ge=0, le=1)  # share of every layer that stays; one head, unit or group in any case
-    round_to: int = Field(default=1, ge=1)  # what stays of units and channels is a multiple of this: fast kernels want 8 or 64
+    round_to: int = Field(default=1, ge=1)  # what stays of all but heads is a multiple of this: fast kernels want 8 or 64
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def ladders(method: str, task: "Task", config: Narrowing) -> Ladders:
 
 
 def ladder(width: Width, config: Narrowing) -> tuple[int, ...]:
-    """What may stay of a width: whole groups, and of units and channels multiples of `round_to`.
+    """What may stay of a width: whole groups, and of all but heads multiples of `round_to`.
 
     >>> ladder(Width("r", "keep_channels", 32, 4), Narrowing(least=0.3))
     (32, 28, 24, 20, 16, 12)

@@ -1,9 +1,9 @@
-"""Differentiable masks: which heads and units go is learned through whole sampling trajectories.
+"""Differentiable masks: which heads, units and modulation channels go is learned through whole sampling trajectories.
 
 Zhang et al., "Learnable Sparsity for Vision Generative Models" ("Effortless Efficiency", EcoDiff), arXiv 2412.02852: hard-concrete gates
-on attention heads and feed-forward units, shared over all timesteps and by both halves of guidance; the objective is the distance of
-the final latents E |F(z, y) - F(z, y, M)|^2 from those of the whole model, F the whole sampler, differentiated by checkpointing
-the denoiser at every timestep. Weights stay as they are.
+on attention heads and feed-forward units (of FLUX also on what its norms are told: `modulation`), shared over all timesteps and
+by both halves of guidance; the objective is the distance of the final latents E |F(z, y) - F(z, y, M)|^2 from those of the
+whole model, F the whole sampler, differentiated by checkpointing the denoiser at every timestep. Weights stay as they are.
 
 Notation: logits -> lambda of a gate, delta -> the noise's end, rate -> learning rate; F's steps -> solver_steps.
 
@@ -34,7 +34,7 @@ calibrated = "trajectories"  # asks for distances of final latents
 narrows = True  # cuts widths, not layers
 
 Scores = Mapping[Width, Sequence[float]]  # of each head, unit or channel group
-What = Literal["heads", "units", "channels"]
+What = Literal["heads", "units", "channels", "modulation"]
 BOTH: tuple[What, ...] = ("heads", "units")
 
 
@@ -44,10 +44,9 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.02852"
 
-    what: tuple[What, ...] = Field(default=BOTH, min_length=1)  # of attentions, of feed-forwards; of ResNets: ours
-    objective: Literal["final", "steps"] = (
-        "final"  # steps: every call by itself on what the whole model came to; the paper's ablation
-    )
+    what: tuple[What, ...] = Field(default=BOTH, min_length=1)  # of attentions, feed-forwards, norms (FLUX); ours: of ResNets
+    # Distance of the final latents; or of every answer by itself, on what the whole model came to: the paper's ablation.
+    objective: Literal["final", "steps"] = "final"  # of what the distance is taken; steps: of single answers, which is worse
     solver_steps: int | None = Field(default=10, ge=1)  # steps of the trajectories; the paper has 50, SDXL's and FLUX-dev's own
     iterations: int = Field(default=100, ge=1)  # steps of the optimiser; the paper: 100 of 4 trajectories
     batch: int = Field(default=4, ge=1)  # trajectories behind each step
@@ -59,7 +58,7 @@ class Config(BaseModel):
     ramp: float = Field(default=0.4, ge=0, lt=1)  # share of the steps over which the target rises from nothing
     settle: float = Field(default=0.25, ge=0, lt=1)  # share of the steps, the last ones, with the gates that will be cut
     least: float = Field(default=0.0, ge=0, le=1)  # share of every layer that stays; one head, unit or group in any case
-    round_to: int = Field(default=1, ge=1)  # what stays of units and channels is a multiple of this: fast kernels want 8 or 64
+    round_to: int = Field(default=1, ge=1)  # what stays of all but heads is a multiple of this: fast kernels want 8 or 64
     by_block: bool = False  # compute blocks again one by one too: less memory, one more forward
     ema: float = Field(default=0.0, ge=0, lt=1)  # decay of averaged logits; 0: the last ones count
     clip: float = Field(default=1.0, gt=0)  # of the gradient's norm
@@ -172,7 +171,7 @@ def _stays(task: Task, widths: Sequence[Width], scores: Scores, config: Config) 
 
 
 def _count(width: Width, stay: int, config: Config) -> int:
-    """How many groups stay: at least one, at least `least`, and units and channels in multiples of `round_to`."""
+    """How many groups stay: at least one, at least `least`, and of all but heads multiples of `round_to`."""
     fewest = max(1, math.ceil(config.least * len(width.groups) - 1e-9))
     stay = max(stay, fewest)
     if width.what == "keep_heads" or config.round_to == 1:

@@ -106,7 +106,7 @@ def job_of(
         raise UserError(
             f"{stage.method}: {name} has no transformer blocks, of which some could stay. laptop cuts the layers of any denoiser."
         )
-    widths = _widths.chosen(stage, gauge, name) if getattr(module, "narrows", False) else ()
+    widths = _widths.chosen(stage, gauge, name, config) if getattr(module, "narrows", False) else ()
     layers = tuple(_widths.listed(gauge, widths) if widths else cuttable(stage, gauge, name, usual))
     if widths:
         total, saves = float(gauge.macs if stage.of == "macs" else gauge.params + others), _widths.saves(gauge, stage.of)

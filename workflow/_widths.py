@@ -1,7 +1,7 @@
 """What a stage whose method makes layers narrower asks of a denoiser: which widths may be cut, and what that saves."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.candidate import Cut
 from ..core.errors import UserError
@@ -13,16 +13,21 @@ if TYPE_CHECKING:
     from ..core.widths import Width
     from ..prune._task import Space
 
-KINDS = {"keep_heads": "attention", "keep_units": "feed_forward", "keep_channels": "resnet"}  # of layers that are not listed
+# of layers that are not listed
+KINDS = {"keep_heads": "attention", "keep_units": "feed_forward", "keep_channels": "resnet", "keep_modulation": "norm"}
 
 
-def chosen(stage: PruneStage, gauge: Gauge, name: str) -> "tuple[Width, ...]":
-    """The widths that may be cut: those matching the patterns. UserError for what narrower layers cannot give."""
+def chosen(stage: PruneStage, gauge: Gauge, name: str, config: Any) -> "tuple[Width, ...]":
+    """The widths that may be cut: those matching the patterns. UserError for what narrower layers cannot give.
+
+    config: of the method. Modulations are among them only if its `what` names them.
+    """
     from ..core import surgery
     from ..core.widths import widths
 
     _check(stage)
-    found = widths(gauge.denoiser)
+    modulations = "modulation" in getattr(config, "what", ())
+    found = [width for width in widths(gauge.denoiser) if modulations or width.what != "keep_modulation"]
     if not found:
         raise UserError(
             f"{name}: {type(gauge.denoiser).__name__} has no heads, units or channels that can be cut exactly "

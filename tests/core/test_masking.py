@@ -96,7 +96,10 @@ def test_at_zero_what_is_masked_is_cut(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_all_at_zero_the_biases_are_left(kind: str) -> None:
-    """5.5, item 4: never the input, never nothing. Each layer alone, and all of them: masked, cut, and what the weights say."""
+    """5.5, item 4: never the input, never nothing, and no modulation.
+
+    Each layer alone, and all of them: masked, cut, and what the weights say.
+    """
     denoiser = KINDS[kind]()
     off = {a: (what, factors) for a, (what, factors) in of_all(denoiser, 0.0).items() if what != "keep_channels"}
     cuts = {a: Cut.model_validate({"address": a, "what": what, "value": ()}) for a, (what, _) in off.items()}
@@ -111,12 +114,20 @@ def test_with_all_at_zero_the_biases_are_left(kind: str) -> None:
 
 @contextmanager
 def biases_alone(denoiser: Any, address: str) -> Iterator[list[str]]:
-    """Inside, what sums over the heads or units of a layer has weights of zero for them. Without the code that masks."""
+    """Inside, what sums over the heads or units of a layer has weights of zero for them, and what makes modulations is zero.
+
+    Without the code that masks.
+    """
     (count,) = (w.count for w in widths(denoiser) if w.address == address)
     what = next(w.what for w in widths(denoiser) if w.address == address)
     before, left = [], []
     for name, (_, columns) in shares(denoiser, address, what, range(count)).items():
-        if columns:
+        if what == "keep_modulation":
+            before += [(p, p.detach().clone()) for p in denoiser.get_submodule(name).parameters()]
+            for p in denoiser.get_submodule(name).parameters():
+                p.data.zero_()
+            left.append(name)
+        elif columns:
             weight = denoiser.get_submodule(name).weight
             before.append((weight, weight.detach().clone()))
             left.append(name)
@@ -225,7 +236,10 @@ def masked_with_ones(parent: Any, *args: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["sd", "sd3", "flux", "sana-1.5"])
 def test_factors_learn_what_the_weights_imply(kind: str) -> None:
-    """At one, dL/df of a head is the sum of w dL/dw over the columns that read it: of both streams of a joint attention."""
+    """At one, dL/df of a head is the sum of w dL/dw over the columns that read it: of both streams of a joint attention.
+
+    Of a modulation channel, which nothing sums over, the sum over the row that makes it.
+    """
     denoiser = KINDS[kind]()
     masks = of_all(denoiser, 1.0, requires_grad=True)
     with masked(denoiser, masks):
@@ -235,6 +249,9 @@ def test_factors_learn_what_the_weights_imply(kind: str) -> None:
         for k in range(width.count):
             for name, (_, columns) in shares(denoiser, width.address, width.what, [k]).items():
                 weight: Any = denoiser.get_submodule(name).weight
+                if width.what == "keep_modulation":
+                    made = denoiser.get_submodule(name).parameters()
+                    wanted[k] = torch.stack([(p.detach()[k] * p.grad[k]).sum() for p in made]).sum()
                 for start, stop in columns:
                     wanted[k] += (weight.detach() * weight.grad)[:, start:stop].sum()
         found = masks[width.address][1].grad

@@ -61,6 +61,8 @@ def by_hand(denoiser: Any, width: Width, product: Callable[[Tensor], Tensor]) ->
     columns = product(beside.proj_out.weight).sum(0) if beside is not None else torch.zeros(0)
     if name == "proj_mlp":
         found = rows(layer, n) + columns[-n:]
+    elif width.what == "keep_modulation":
+        found = rows(layer.linear, n)
     elif width.what == "keep_heads":
         across = layer.norm_q is not None and layer.norm_q.weight.numel() > layer.to_q.out_features // n  # Wan: q and k stay
         made = [layer.to_v] if across else [layer.to_q, layer.to_k, layer.to_v]

@@ -155,6 +155,24 @@ def test_what_is_allowed_is_all_that_goes() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("name", "of"), [("dit", "macs"), ("flux", "params"), ("sd3, dual attention", "params")])
+def test_modulations_go_where_they_are_asked_for_alone(name: str, of: str, method: str) -> None:
+    usual = given.whole(name, of=of, method=method)
+    assert {width.what for width in usual.widths} == {"keep_heads", "keep_units"}
+    settings: Any = {"what": ("modulation", "units"), "least": 0.25}
+    job = given.job(name, method, keep=1.0, of=of, **settings)
+    assert set(usual.widths) < set(job.widths) and {layer.kind for layer in job.layers} >= {"norm"}
+    most = job.spaces[0].most / job.total
+    cuts = run(given.ask(job, 1 - most / 10), method, **settings).cuts
+    assert {cut.what for cut in cuts} == {"keep_units", "keep_modulation"}
+    assert job.gauge.after(cuts)[of == "macs"] <= (1 - most / 10) * job.total
+    counts = {(width.address, width.what): width.count for width in job.widths}
+    assert all(len(cut.value or ()) >= 0.25 * counts[cut.address, cut.what] for cut in cuts)
+    with surgery.applied(job.gauge.denoiser, cuts), torch.no_grad():
+        assert bool(torch.isfinite(job.gauge.denoiser(**job.gauge.probe(), return_dict=False)[0]).all())
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_what_stays_is_rounded_for_fast_kernels_but_heads_are_not(method: str) -> None:
     asked = task("zoo:fashion", 0.8, method=method)
     for cut in run(asked, method, round_to=8).cuts:
@@ -198,7 +216,7 @@ def test_of_transformers_inner_widths_alone_are_cut(name: str) -> None:
     denoiser = cutting.shared(name)
     from lissom.core.widths import widths
 
-    found = tuple(widths(denoiser))
+    found = tuple(width for width in widths(denoiser) if width.what != "keep_modulation")
     params = functools.partial(freed, denoiser)
     asked = Task(denoiser, (), (), 0.5 * params(tuple(space(found, params).sites[k][0].cuts[0] for k in range(len(found)))),
                  given.added, widths=found, saves=params, gradients=given.gradients(denoiser))  # fmt: skip

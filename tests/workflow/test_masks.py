@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lissom.core import masking
+from lissom.core import export, masking
 from lissom.core.errors import UserError
 from lissom.core.recipe import parse
 from lissom.core.stages import PruneStage
@@ -14,11 +14,13 @@ from lissom.prune import masks
 from lissom.report.prune_schema import PruneReport
 from lissom.tests.core import tiny
 from lissom.tests.workflow import small
+from lissom.tests.workflow.test_ld_pruner import recipe as of_tiny
 from lissom.workflow._subject import Subject
 from lissom.workflow._trajectories import Trajectories
 from lissom.workflow.context import Context, Options
 from lissom.workflow.describe import estimate, say
 from lissom.workflow.run import run
+from safetensors.torch import load_file
 
 STAGE: dict[str, Any] = {
     "prune": "masks", "keep": 0.93, "iterations": 4, "batch": 2, "images": 3, "solver_steps": 2, "measure": False,
@@ -58,6 +60,24 @@ def test_a_model_is_cut_to_its_target_and_again_at_another_ratio_without_learnin
     again = prune(tmp_path / "again", text(model, keep=0.96, gates=str(tmp_path / "run")))
     assert 0.93 * again.before.params < again.after.params <= 0.96 * again.before.params and "learning_steps" not in again.spent
     assert {c.address for c in again.cuts} <= {c.address for c in found.cuts}
+
+
+def test_gates_of_modulations_are_learned_and_cut_where_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a class-conditional transformer; by default its heads and units alone are looked at."""
+    monkeypatch.setattr(export, "_verify", lambda *args, **kwargs: 0.0)  # a fresh process takes eight seconds
+    recipe = json.loads(of_tiny(tmp_path, "dit"))
+    stage = {**STAGE, "what": ["modulation"], "keep": 0.97, "rate": 1.0}
+    found = prune(tmp_path / "run", json.dumps(recipe | {"stages": [stage]}))
+    assert found.after.params <= 0.97 * found.before.params and {cut.what for cut in found.cuts} == {"keep_modulation"}
+    assert {layer.kind for layer in found.layers if layer.address.endswith("norm1")} == {"norm"}
+    (gates,) = (tmp_path / "run").rglob("gates.safetensors")
+    learned = load_file(gates)
+    assert all(name.endswith(" keep_modulation") and values.unique().numel() > 1 for name, values in learned.items())
+    usual = prune(tmp_path / "usual", json.dumps(recipe | {"stages": [{**STAGE, "keep": 0.99}]}))
+    assert {cut.what for cut in usual.cuts} <= {"keep_heads", "keep_units"}
+    assert not any(layer.kind == "norm" for layer in usual.layers)
 
 
 @pytest.mark.parametrize("objective", ["final", "steps"])
