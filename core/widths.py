@@ -10,6 +10,8 @@ from . import narrowing
 from .anatomy import uncompiled
 from .candidate import Cut
 
+COMPILED = 8  # versions of a class that torch.compile makes (torch._dynamo.config.recompile_limit)
+
 Shape = tuple[int, ...]  # what stays of each width in a block
 
 
@@ -30,6 +32,9 @@ class Width:
         ((0, 1), (2, 3), (4, 5))
         """
         return tuple(tuple(range(start, start + self.granule)) for start in range(0, self.count, self.granule))
+
+
+Classes = Mapping[str, Sequence[Sequence[Width]]]  # name of a class of blocks -> the widths in each of them
 
 
 def widths(denoiser: Any) -> list[Width]:
@@ -121,12 +126,8 @@ def rounded(kept: int, multiple: int, most: int) -> int:
     return min(max((2 * kept + multiple) // (2 * multiple), 1) * multiple, most)
 
 
-def limited(denoiser: Any, kept: Mapping[Width, int], most: int = 8) -> dict[Width, int]:
-    """Counts of what stays, some of them raised, so that the blocks of each class come in at most so many shapes.
-
-    torch.compile makes one version of a class for every shape that its blocks have, and beyond 8 of them runs the rest as it
-    is. Of a width that is not in `kept` all stays; blocks that differed before the cuts stay different.
-    """
+def by_class(denoiser: Any) -> Classes:
+    """The widths of each block, by the class of the block: an entry of a list of blocks, or a layer that is in none."""
     target, blocks = uncompiled(denoiser), dict[str, list[Width]]()
     for width in widths(target):
         inside = re.match(r".*(?:^|\.)\d+(?=\.|$)", width.address)  # up to the last number: an entry of a list of blocks
@@ -134,15 +135,32 @@ def limited(denoiser: Any, kept: Mapping[Width, int], most: int = 8) -> dict[Wid
     classes: dict[str, list[list[Width]]] = {}
     for address, inner in blocks.items():
         classes.setdefault(type(target.get_submodule(address)).__name__, []).append(inner)
+    return classes
+
+
+def limited(classes: Classes, kept: Mapping[Width, int], most: int = COMPILED) -> dict[Width, int]:
+    """Counts of what stays, some of them raised, so that the blocks of each class come in at most so many shapes.
+
+    torch.compile makes one version of a class for every shape that its blocks have, and beyond 8 of them runs the rest as it
+    is. Of a width that is not in `kept` all stays; blocks that differed before the cuts stay different.
+    """
     found = dict(kept)
     for members in classes.values():
-        shapes = [(tuple(kept.get(w, w.count) for w in inner), tuple(w.count for w in inner)) for inner in members]
-        for inner, shape in zip(members, alike(shapes, most), strict=True):
-            found |= {width: stays for width, stays in zip(inner, shape, strict=True) if width in kept}
+        for inner, shape in zip(members, alike(_shapes(members, kept), most), strict=True):
+            found |= {w: -(-stays // w.granule) * w.granule for w, stays in zip(inner, shape, strict=True) if w in kept}
     return found
 
 
-def alike(blocks: Sequence[tuple[Shape, Shape]], most: int = 8) -> list[Shape]:
+def variety(classes: Classes, kept: Mapping[Width, int]) -> dict[str, int]:
+    """In how many shapes the blocks of each class come."""
+    return {name: len(set(_shapes(members, kept))) for name, members in classes.items()}
+
+
+def _shapes(members: Sequence[Sequence[Width]], kept: Mapping[Width, int]) -> list[tuple[Shape, Shape]]:
+    return [(tuple(kept.get(w, w.count) for w in inner), tuple(w.count for w in inner)) for inner in members]
+
+
+def alike(blocks: Sequence[tuple[Shape, Shape]], most: int) -> list[Shape]:
     """Shapes of the blocks of one class, some of them raised: at most so many are different.
 
     blocks: what stays of each of a block's widths, and what there is. Those that are raised to one shape are those for which

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.candidate import Cut
 from ..core.errors import UserError
-from ..core.widths import Width, rounded
+from ..core.widths import COMPILED, Classes, Width, by_class, limited, rounded, variety
 from ._task import enough
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Narrowing(BaseModel):
     scope: Literal["local", "global"] = "local"  # the same share of every layer, or the least score per saved unit first
     least: float = Field(default=0.0, ge=0, le=1)  # share of every layer that stays; one head, unit or group in any case
     round_to: int = Field(default=1, ge=1)  # what stays of all but heads is a multiple of this: fast kernels want 8 or 64
+    shapes: int | None = Field(default=None, ge=1)  # different widths at most in the blocks of one class; torch.compile makes 8
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,36 @@ def ladder(width: Width, config: Narrowing) -> tuple[int, ...]:
     return (width.count, *sorted(whole, reverse=True))
 
 
-def chosen(task: "Task", ladders: Ladders, scores: Scores, scope: str) -> tuple[Cut, ...]:
+def chosen(task: "Task", ladders: Ladders, scores: Scores, config: Narrowing) -> tuple[Cut, ...]:
     """Cuts that save enough: of each width the groups of least score go, as many as `scope` says, no more than are needed."""
+    scope, classes = config.scope, {} if config.shapes is None else by_class(task.denoiser)
+
+    def cuts(taken: Sequence[Rung]) -> tuple[Cut, ...]:
+        return _cuts(_stays(taken, classes, config.shapes), orders)
+
     orders = {width: [k for _, k in sorted((_finite(value), k) for k, value in enumerate(s))] for width, s in scores.items()}
     rungs = sorted(_rungs(task, ladders, scores, orders, scope), key=lambda rung: rung.key)
     saved, taken = 0.0, list[Rung]()
     for rung in rungs:
         # What single cuts save adds up (nearly); whether all of them together save enough is counted.
-        if enough(saved, task.need) and enough(task.saves(_cuts(taken, orders)), task.need):
+        if enough(saved, task.need) and enough(task.saves(cuts(taken)), task.need):
             break
         taken.append(rung)
         saved += rung.saved
     fewer = _needed(taken, saved, task.need)
-    return _cuts(fewer if enough(task.saves(_cuts(fewer, orders)), task.need) else taken, orders)
+    return cuts(fewer if enough(task.saves(cuts(fewer)), task.need) else taken)
+
+
+def many_shapes(task: "Task", cuts: Sequence[Cut]) -> tuple[str, ...]:
+    """A warning for each class of blocks that comes in more widths than torch.compile makes versions of it."""
+    left: dict[tuple[str, str], int] = {(c.address, c.what): len(c.value) for c in cuts if isinstance(c.value, tuple)}
+    kept = {w: left[w.address, w.what] for w in task.widths if (w.address, w.what) in left}
+    return tuple(
+        f"the {name}s come in {count} different widths: compiled block by block (compile_repeated_blocks), torch makes {COMPILED} "
+        f"versions of a class and runs the rest uncompiled. --set shapes={COMPILED} keeps to that"
+        for name, count in variety(by_class(task.denoiser), kept).items()
+        if count > COMPILED
+    )
 
 
 def means(scores: Scores) -> dict[str, float]:
@@ -122,13 +140,17 @@ def _needed(taken: Sequence[Rung], saved: float, need: float) -> list[Rung]:
     return kept[::-1]
 
 
-def _cuts(taken: Sequence[Rung], orders: Mapping[Width, list[int]]) -> tuple[Cut, ...]:
+def _stays(taken: Sequence[Rung], classes: Classes, shapes: int | None) -> dict[Width, int]:
     stays: dict[Width, int] = {}
     for rung in taken:
         stays[rung.width] = min(rung.stays, stays.get(rung.width, rung.width.count))
+    return stays if shapes is None else limited(classes, stays, shapes)
+
+
+def _cuts(stays: Mapping[Width, int], orders: Mapping[Width, list[int]]) -> tuple[Cut, ...]:
     found = []
     for width, order in orders.items():  # in the order of the network
-        if width in stays:
+        if stays.get(width, width.count) < width.count:
             groups = width.groups
             left = sorted(order[len(order) - stays[width] // width.granule :])
             found.append(_kept(width, [i for k in left for i in groups[k]]))

@@ -25,7 +25,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from ._task import Pruned, Task
-from ._widths import Narrowing, chosen, ladders, means
+from ._widths import Narrowing, chosen, ladders, many_shapes, means
 
 calibrated = "gradients"  # asks for those of the training loss
 narrows = True  # cuts widths, not layers
@@ -60,9 +60,6 @@ def prune(task: Task, config: Config, rng: random.Random) -> Pruned:
     added = len(losses) - (not counts(list(losses.values())))
     task.say(f"{added} of {len(losses)} visited timesteps count; the largest loss is {max(losses.values()):.4g}")
     alone = "one timestep alone passed the threshold, so that its gradient decides: lower the threshold, or the stride"
-    return Pruned(
-        cuts=chosen(task, steps, scores, config.scope),
-        scores=means(scores),
-        label="mean importance",
-        warnings=(alone,) if added == 1 else (),
-    )
+    cuts = chosen(task, steps, scores, config)
+    warnings = (*((alone,) if added == 1 else ()), *many_shapes(task, cuts))
+    return Pruned(cuts=cuts, scores=means(scores), label="mean importance", warnings=warnings)

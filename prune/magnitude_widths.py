@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ..core.errors import UserError
 from ._task import Pruned, Task
-from ._widths import Narrowing, chosen, ladders, means
+from ._widths import Narrowing, chosen, ladders, many_shapes, means
 
 calibrated = False
 narrows = True  # cuts widths, not layers
@@ -36,8 +36,5 @@ def prune(task: Task, config: Config, rng: random.Random) -> Pruned:
         )
     steps, scorer = ladders("magnitude_widths", task, config), magnitude(config.norm)
     scores = {width: importances(task.denoiser, width, scorer).tolist() for width in steps}
-    return Pruned(
-        cuts=chosen(task, steps, scores, config.scope),
-        scores=means(scores),
-        label=f"mean sum of |w|^{config.norm}",
-    )
+    cuts = chosen(task, steps, scores, config)
+    return Pruned(cuts=cuts, scores=means(scores), label=f"mean sum of |w|^{config.norm}", warnings=many_shapes(task, cuts))

@@ -24,8 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..core.candidate import Cut
 from ..core.errors import UserError
-from ..core.widths import Width, rounded
+from ..core.widths import Width, by_class, limited, rounded
 from ._task import Pruned, Task, enough
+from ._widths import many_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +60,7 @@ class Config(BaseModel):
     settle: float = Field(default=0.25, ge=0, lt=1)  # share of the steps, the last ones, with the gates that will be cut
     least: float = Field(default=0.0, ge=0, le=1)  # share of every layer that stays; one head, unit or group in any case
     round_to: int = Field(default=1, ge=1)  # what stays of all but heads is a multiple of this: fast kernels want 8 or 64
+    shapes: int | None = Field(default=None, ge=1)  # different widths at most in the blocks of one class; torch.compile makes 8
     by_block: bool = False  # compute blocks again one by one too: less memory, one more forward
     ema: float = Field(default=0.0, ge=0, lt=1)  # decay of averaged logits; 0: the last ones count
     clip: float = Field(default=1.0, gt=0)  # of the gradient's norm
@@ -93,7 +95,7 @@ def prune(task: Task, config: Config, rng: random.Random) -> Pruned:
         cuts=cuts,
         scores={width.address: math.fsum(values) / len(values) for width, values in scores.items()},
         label="mean of the learned logits",
-        warnings=tuple(warnings),
+        warnings=(*warnings, *many_shapes(task, cuts)),
     )
 
 
@@ -149,15 +151,19 @@ def chosen(task: Task, widths: Sequence[Width], scores: Scores, config: Config) 
 def _stays(task: Task, widths: Sequence[Width], scores: Scores, config: Config) -> dict[Width, set[int]]:
     """Of every width the groups that stay: the fewest least open ones go with which enough is saved."""
     order = sorted((value, i, k) for i, w in enumerate(widths) for k, value in enumerate(scores[w]))
+    classes = {} if config.shapes is None else by_class(task.denoiser)
 
     def left(count: int) -> dict[Width, set[int]]:
         gone: dict[Width, int] = dict.fromkeys(widths, 0)
         for _, i, _k in order[:count]:
             gone[widths[i]] += 1
+        counts = {w: w.granule * _count(w, len(w.groups) - gone[w], config) for w in widths}
+        if config.shapes is not None:
+            counts = limited(classes, counts, config.shapes)
         found = {}
         for w in widths:
             ranked = sorted(range(len(w.groups)), key=lambda k: (scores[w][k], k))
-            found[w] = set(ranked[len(ranked) - _count(w, len(ranked) - gone[w], config) :])
+            found[w] = set(ranked[len(ranked) - counts[w] // w.granule :])
         return found
 
     low, high = 0, len(order)  # enough is saved with `high`, which `_reachable` has seen to

@@ -4,7 +4,7 @@ import random
 from typing import ClassVar
 
 from ._task import Pruned, Task
-from ._widths import Narrowing, chosen, ladders
+from ._widths import Narrowing, chosen, ladders, many_shapes
 
 calibrated = False
 narrows = True  # cuts widths, not layers
@@ -20,4 +20,5 @@ def prune(task: Task, config: Config, rng: random.Random) -> Pruned:
     """As many of them as the target needs."""
     steps = ladders("random_widths", task, config)
     scores = {width: [rng.random() for _ in width.groups] for width in steps}
-    return Pruned(cuts=chosen(task, steps, scores, config.scope))
+    cuts = chosen(task, steps, scores, config)
+    return Pruned(cuts=cuts, warnings=many_shapes(task, cuts))

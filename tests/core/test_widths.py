@@ -18,7 +18,7 @@ from lissom.core import export, narrowing, surgery
 from lissom.core.candidate import Candidate, Cut
 from lissom.core.driving.skip import absent
 from lissom.core.surgery import CannotCut, applied
-from lissom.core.widths import Width, alike, limited, rounded, widths
+from lissom.core.widths import Width, alike, by_class, limited, rounded, variety, widths
 from lissom.tests.core import cutting
 from lissom.tests.core.cutting import cut_output, inputs, keep, output, remove
 from lissom.tests.core.test_surgery import state
@@ -244,7 +244,7 @@ def test_few_shapes_are_left_of_each_class_of_blocks() -> None:
     of_blocks = {w: (k * 7) % w.count + 1 for k, w in enumerate(widths(unet)) if ".transformer_blocks." in w.address}
     kept = {**of_blocks, Width("mid_block.resnets.0", "keep_channels", 16, 4): 4}
     for most in (8, 3, 2):
-        found = limited(unet, kept, most)
+        found = limited(by_class(unet), kept, most)
         assert found.keys() == kept.keys() and all(kept[w] <= stays <= w.count for w, stays in found.items())
         assert found[list(found)[-1]] == (4 if most > 2 else 16)  # ResNets of 8 and of 16 channels there are besides
         shapes: dict[str, list[int]] = {}
@@ -252,7 +252,7 @@ def test_few_shapes_are_left_of_each_class_of_blocks() -> None:
             if width.what != "keep_channels":
                 shapes.setdefault(width.address.rpartition(".")[0], []).append(stays)
         assert len(set(map(tuple, shapes.values()))) <= max(most, 2)  # there are blocks of 32 and of 64 units
-    assert limited(unet, kept, 99) == kept
+    assert limited(by_class(unet), kept, 99) == kept and variety(by_class(unet), kept) != variety(by_class(unet), found)
     assert alike([((5,), (9,)), ((1,), (9,)), ((6,), (9,)), ((9,), (99,))], 2) == [(6,), (6,), (6,), (9,)]
 
 

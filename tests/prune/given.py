@@ -61,6 +61,7 @@ DENOISERS: dict[str, Callable[[], Any]] = {
     "sd3, dual attention": lambda: _longer("sd3", num_layers=4, dual_attention_layers=(0, 1)),
     "flux": lambda: _longer("flux", num_layers=3, num_single_layers=4),
     "zoo:fashion": lambda: models.load("zoo:fashion", device="cpu").denoiser,
+    "zoo:fashion-dit": lambda: models.load("zoo:fashion-dit", device="cpu").denoiser,
 }
 TINY = [name for name in DENOISERS if ":" not in name]
 CONFIGS = ["config:sd15", "config:sdxl", "config:sd3.5-medium", "config:flux", "config:dit-xl"]

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from lissom.core import surgery
+from lissom.core.candidate import Cut
 from lissom.core.errors import UserError
 from lissom.core.widths import Width
-from lissom.prune import diff_pruning, magnitude_widths, random_widths
+from lissom.prune import diff_pruning, magnitude_widths, masks, random_widths
 from lissom.prune._task import Pruned, Task
+from lissom.prune._widths import many_shapes
 from lissom.tests.core import cutting
 from lissom.tests.prune import given
 from lissom.workflow._gauge import Gauge
@@ -182,6 +184,38 @@ def test_what_stays_is_rounded_for_fast_kernels_but_heads_are_not(method: str) -
         assert len(cut.value) % width.granule == 0
     with surgery.applied(asked.denoiser, run(asked, method, round_to=8).cuts):
         assert surgery.parameters(asked.denoiser) <= 0.8 * given.whole("zoo:fashion").gauge.params
+
+
+@pytest.mark.parametrize("method", [*METHODS, "masks"])
+def test_blocks_come_in_few_shapes_where_that_is_asked_for_and_many_are_warned_of(method: str) -> None:
+    """torch.compile makes 8 versions of a class of blocks."""
+    job = given.whole("zoo:fashion-dit", method=method)
+    asked = given.ask(job, 0.9)
+
+    def cut(**settings: Any) -> tuple[tuple[Cut, ...], tuple[str, ...]]:
+        if method == "masks":
+            drawn = random.Random(0)
+            scores = {w: [drawn.gauss(0, 1) for _ in w.groups] for w in job.widths}
+            cuts = masks.chosen(asked, job.widths, scores, masks.Config(**settings))
+            return cuts, many_shapes(asked, cuts)
+        found = run(asked, method, scope="global", **settings)
+        return found.cuts, found.warnings
+
+    def shapes(cuts: tuple[Cut, ...]) -> int:
+        left = {(c.address, c.what): len(c.value or ()) for c in cuts}
+        blocks: dict[str, list[int]] = {}
+        for w in job.widths:
+            blocks.setdefault(w.address.rpartition(".")[0], []).append(left.get((w.address, w.what), w.count))
+        return len({tuple(counts) for counts in blocks.values()})
+
+    free, said = cut()
+    many = [one for one in said if f"BasicTransformerBlocks come in {shapes(free)} different widths" in one and "shapes=8" in one]
+    assert bool(many) == (shapes(free) > 8)
+    assert many or method == "random_widths"  # scores of one kind everywhere empty whole layers, one after the other
+    few, said = cut(shapes=3)
+    assert shapes(few) <= 3 and not any("different widths" in one for one in said)
+    assert job.gauge.params_saved(few) >= asked.need
+    assert job.gauge.params_saved(few) <= 2 * asked.need  # no more than raising some makes necessary
 
 
 @pytest.mark.parametrize(
