@@ -209,7 +209,9 @@ def test_blocks_come_in_few_shapes_where_that_is_asked_for_and_many_are_warned_o
         return len({tuple(counts) for counts in blocks.values()})
 
     free, said = cut()
-    many = [one for one in said if f"BasicTransformerBlocks come in {shapes(free)} different widths" in one and "shapes=8" in one]
+    many = [
+        one for one in said if f"BasicTransformerBlocks come in {shapes(free)} different widths" in one and "shapes=8" in one
+    ]
     assert bool(many) == (shapes(free) > 8)
     assert many or method == "random_widths"  # scores of one kind everywhere empty whole layers, one after the other
     few, said = cut(shapes=3)
