@@ -10,6 +10,7 @@ it the missing ones are run and the section is written.
 import json
 import math
 import shutil
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,20 +115,33 @@ def _depth(found: dict[str, list[dict[str, Any]]]) -> str:
         "latency, batch 64",
         "FD before",
         "FD after",
+        "FD after / tinyfusion's",
         "recognised after",
         "seconds to choose",
     ]
     whole = next(iter(found.values()))
     rows = [
-        ["whole", "", "1", "1", "", _mean(_values(whole, "teacher", "fid")), _mean(_values(whole, "teacher", "accuracy")), ""]
+        [
+            "whole",
+            "",
+            "1",
+            "1",
+            "",
+            _mean(_values(whole, "teacher", "fid")),
+            "",
+            _mean(_values(whole, "teacher", "accuracy")),
+            "",
+        ]
     ]
+    best = _values(whole, "after", "fid")
     for name, runs in found.items():
         gone = "; ".join(" ".join(map(str, one["gone"])) for one in runs)
         sizes = [_mean([one[key] for one in runs]) for key in ("params", "latency")]
         fd = [_mean(_values(runs, when, "fid")) for when in ("before", "after")]
-        rows.append(
-            [name, gone, *sizes, *fd, _mean(_values(runs, "after", "accuracy")), _mean([one["seconds"] for one in runs])]
-        )
+        ratios = [math.log(a / b) for a, b in zip(_values(runs, "after", "fid"), best, strict=True)]
+        paired = "1" if name == "tinyfusion" else _mean(ratios, math.exp)
+        seconds = statistics.fmean(one["seconds"] for one in runs)
+        rows.append([name, gone, *sizes, *fd, paired, _mean(_values(runs, "after", "accuracy")), f"{seconds:.2g}"])
     return _results.table(head, rows)
 
 
