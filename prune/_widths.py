@@ -46,8 +46,7 @@ class Rung:
 
 def ladders(method: str, task: "Task", config: Narrowing) -> Ladders:
     """How far each width may go. UserError where that is not far enough, before anything is scored."""
-    allowed = [width for width in task.widths if width.what.removeprefix("keep_") in config.what]
-    found = {width: ladder(width, config) for width in allowed}
+    found = {width: ladder(width, config) for width in task.widths}
     most = task.saves(tuple(_kept(width, range(steps[-1])) for width, steps in found.items() if len(steps) > 1))
     if not enough(most, task.need):
         raise UserError(

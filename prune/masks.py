@@ -75,7 +75,7 @@ class Config(BaseModel):
 
 def prune(task: Task, config: Config, rng: random.Random) -> Pruned:
     """Learn gates and cut what is least open, as much as the target needs. UserError where gates that were given do not fit."""
-    widths = [width for width in task.widths if width.what.removeprefix("keep_") in config.what]
+    widths = task.widths
     if task.need <= 0:
         return Pruned(cuts=())
     need = _reachable(task, widths, config)

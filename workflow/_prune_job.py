@@ -129,10 +129,11 @@ def job_of(
         spaces = _spaces.any_layer(layers, saves)
     most = max((space.most for space in spaces), default=0.0)
     if most < need * (1 - 1e-9):
-        plain = " that a stock config can express" if stage.require_plain_load else ""
+        cuts = "the cuts that a stock config can express" if stage.require_plain_load else "the cuts"
+        cuts = f"all {', '.join(_widths.counted(config))} but one of each layer" if widths else cuts
         raise UserError(
-            f"keep={keep:g}: cannot be reached; the cuts{plain} hold {most / total:.1%} of the {stage.of} of {name}, so that the "
-            f"smallest keep is {_up(1 - most / total):g}."
+            f"keep={keep:g}: cannot be reached; {cuts} hold {most / total:.1%} of the {stage.of} of {name}, so that the smallest keep "
+            f"is {_up(1 - most / total):g}."
         )
     reach = tuple(space for space in spaces if space.most >= need * (1 - 1e-9))
     return Job(module, config, gauge, layers, reach, total, need, stage.of, widths)

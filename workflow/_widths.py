@@ -20,18 +20,18 @@ KINDS = {"keep_heads": "attention", "keep_units": "feed_forward", "keep_channels
 def chosen(stage: PruneStage, gauge: Gauge, name: str, config: Any) -> "tuple[Width, ...]":
     """The widths that may be cut: those matching the patterns. UserError for what narrower layers cannot give.
 
-    config: of the method. Modulations are among them only if its `what` names them.
+    config: of the method, whose `what` names the kinds of widths. Where it has none, modulations are not among them.
     """
     from ..core import surgery
     from ..core.widths import widths
 
     _check(stage)
-    modulations = "modulation" in getattr(config, "what", ())
-    found = [width for width in widths(gauge.denoiser) if modulations or width.what != "keep_modulation"]
+    kinds = counted(config)
+    found = [width for width in widths(gauge.denoiser) if width.what.removeprefix("keep_") in kinds]
     if not found:
         raise UserError(
-            f"{name}: {type(gauge.denoiser).__name__} has no heads, units or channels that can be cut exactly "
-            "(docs/pruning.md, widths). laptop cuts whole layers."
+            f"{name}: {type(gauge.denoiser).__name__} has no {' or '.join(kinds)} that can be cut exactly (docs/pruning.md, widths). "
+            "laptop cuts whole layers."
         )
     addresses = list(dict.fromkeys([*(layer.address for layer in gauge.known), *(width.address for width in found)]))
     allowed = surgery.matching(stage.include, addresses) if stage.include else set(addresses)
@@ -45,6 +45,11 @@ def chosen(stage: PruneStage, gauge: Gauge, name: str, config: Any) -> "tuple[Wi
     if not left:
         raise UserError(f"{name}: include and exclude leave none of the {len(found)} layers that can get narrower. Allow some.")
     return tuple(left)
+
+
+def counted(config: Any) -> tuple[str, ...]:
+    """What a method makes fewer, in words: its `what`."""
+    return tuple(getattr(config, "what", ("heads", "units", "channels")))
 
 
 def _check(stage: PruneStage) -> None:

@@ -185,7 +185,7 @@ def test_what_stays_is_rounded_and_never_nothing(settings: dict[str, Any], least
 def test_a_target_beyond_what_may_go_is_refused_before_anything_is_learned() -> None:
     lesson = Made(WORTH)
     with pytest.raises(UserError, match=r"masks: with what=units, least=0\.5 and round_to=1 only 24% of what has to go can go"):
-        learned(lesson, need=100.0, what=("units",), least=0.5)
+        learned(lesson, need=100.0, widths=(UNITS,), what=("units",), least=0.5)
     assert not lesson.asked
 
 

@@ -155,8 +155,11 @@ def test_baselines_need_no_data(method: str, tmp_path: Path) -> None:
         ({"of": "latency"}, "is not in the table of layer times. Use of: params or macs"),
         ({"times": 4}, "times chooses none. Leave it out"),
         ({"solver_steps": 2000}, "solver_steps 2000: DDIMScheduler was trained with 1000 timesteps"),
-        ({"keep": 0.01}, r"keep=0\.01: cannot be reached; the cuts hold \d+\.\d% of the params"),
-        ({"keep": 0.7, "what": ["heads"]}, "with what=heads, least=0 and round_to=1 only"),
+        (
+            {"keep": 0.01},
+            r"keep=0\.01: cannot be reached; all heads, units, channels but one of each layer hold \d+\.\d% of the params",
+        ),
+        ({"keep": 0.7, "what": ["heads"]}, "all heads but one of each layer hold"),
         ({"include": ["no.such.layer"]}, "matches no layer that can be cut"),
         ({"include": ["mid_block.*"], "exclude": ["mid_block"]}, "include and exclude leave none of the"),
     ],

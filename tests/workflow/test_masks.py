@@ -134,8 +134,9 @@ def test_single_steps_are_compared_on_what_the_whole_model_comes_to(model: Path,
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
-        ({"keep": 0.2}, r"keep=0\.2: cannot be reached; the cuts hold [\d.]+% of the params"),
-        ({"what": ["heads"], "keep": 0.9}, "masks: with what=heads"),
+        ({"keep": 0.2}, r"keep=0\.2: cannot be reached; all heads, units but one of each layer hold [\d.]+% of the params"),
+        ({"what": ["heads"], "keep": 0.9}, "all heads but one of each layer hold"),
+        ({"least": 0.9, "keep": 0.9}, "masks: with what=heads, units, least=0.9"),
         ({"data": "images"}, "learns from the model's own trajectories"),
         ({"times": 3}, "times has no effect"),
         ({"require_plain_load": True}, "which no stock config expresses"),
