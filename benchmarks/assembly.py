@@ -31,7 +31,7 @@ from ..workflow.evaluate import lone
 from ..workflow.run import run
 from . import _results
 from ._search_bench import once, only
-from .recovery import COMMON, _mean
+from .recovery import COMMON
 
 MODEL, STEPS, SEEDS, IMAGES = "zoo:fashion", 10, 3, 1024
 SHARE = 0.714  # 1 / 1.4: +40 % speed, if time went with arithmetic
@@ -163,18 +163,22 @@ def main() -> None:
 def _assembled(found: dict[str, list[dict[str, Any]]]) -> str:
     head = ["structure", "parameters", "MACs", "latency", "FD before", "FD after", "FD of the teacher"]
     keys = ("params", "macs", "latency", "before", "after", "teacher")
-    return _results.table(head, [[what, *(_mean([one[key] for one in runs]) for key in keys)] for what, runs in found.items()])
+    return _results.table(
+        head, [[what, *(_results.mean([one[key] for one in runs]) for key in keys)] for what, runs in found.items()]
+    )
 
 
 def _inherited(found: dict[str, list[dict[str, Any]]]) -> str:
     head = ["may", "MACs", "latency", "FD", f"FD / FD(best fixed, {STEPS} steps)", f"FD / FD(best fixed, {FEWER} steps)"]
     rows = []
     for what, runs in found.items():
-        paired = [_mean([math.log(one["fid"] / one[beside]) for one in runs], math.exp) for beside in ("fixed", "fewer")]
-        rows.append([what, *(_mean([one[key] for one in runs]) for key in ("macs", "latency", "fid")), *paired])
+        paired = [
+            _results.mean([math.log(one["fid"] / one[beside]) for one in runs], math.exp) for beside in ("fixed", "fewer")
+        ]
+        rows.append([what, *(_results.mean([one[key] for one in runs]) for key in ("macs", "latency", "fid")), *paired])
     first = next(iter(found.values()))  # the same for all
     base = " and ".join(
-        f"{_mean([one[key] for one in first])} at {count}" for key, count in (("fixed", STEPS), ("fewer", FEWER))
+        f"{_results.mean([one[key] for one in first])} at {count}" for key, count in (("fixed", STEPS), ("fewer", FEWER))
     )
     return f"{_results.table(head, rows)}\n\nBest fixed schedule: FD {base} whole steps."
 
@@ -182,13 +186,16 @@ def _inherited(found: dict[str, list[dict[str, Any]]]) -> str:
 def _switched(runs: list[dict[str, Any]]) -> str:
     counts = [str(n) for n in range(STEPS + 1)]
     rows = [
-        ["FD", *(_mean([one["shares"][n]["fid"] for one in runs]) for n in counts)],
+        ["FD", *(_results.mean([one["shares"][n]["fid"] for one in runs]) for n in counts)],
         [
             "FD / FD(whole)",
-            *(_mean([math.log(one["shares"][n]["fid"] / one["shares"]["0"]["fid"]) for one in runs], math.exp) for n in counts),
+            *(
+                _results.mean([math.log(one["shares"][n]["fid"] / one["shares"]["0"]["fid"]) for one in runs], math.exp)
+                for n in counts
+            ),
         ],
-        ["recognised", *(_mean([one["shares"][n]["accuracy"] for one in runs]) for n in counts)],
-        ["latency", *(_mean([one["latency"][n] for one in runs if n in one["latency"]]) for n in counts)],
+        ["recognised", *(_results.mean([one["shares"][n]["accuracy"] for one in runs]) for n in counts)],
+        ["latency", *(_results.mean([one["latency"][n] for one in runs if n in one["latency"]]) for n in counts)],
     ]
     return _results.table(["steps of the small model", *counts], rows)
 

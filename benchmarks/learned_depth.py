@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..core.measurement import Measurement
 from ..core.recipe import parse
 from ..report.distill_schema import DistillReport
 from ..report.prune_schema import PruneReport
@@ -23,7 +22,7 @@ from ..workflow.context import Context, Options, Silent
 from ..workflow.run import run
 from . import _results
 from ._search_bench import once, only
-from .recovery import COMMON, _mean
+from .recovery import COMMON
 
 MODEL, SEEDS, STEPS, IMAGES, BATCH = "zoo:fashion-dit", 3, 10, 1024, 64
 LEARNED: dict[str, Any] = {
@@ -127,37 +126,42 @@ def _depth(found: dict[str, list[dict[str, Any]]]) -> str:
             "1",
             "1",
             "",
-            _mean(_values(whole, "teacher", "fid")),
+            _results.mean(_results.values(whole, "teacher", "fid")),
             "",
-            _mean(_values(whole, "teacher", "accuracy")),
+            _results.mean(_results.values(whole, "teacher", "accuracy")),
             "",
         ]
     ]
-    best = _values(whole, "after", "fid")
+    best = _results.values(whole, "after", "fid")
     for name, runs in found.items():
         gone = "; ".join(" ".join(map(str, one["gone"])) for one in runs)
-        sizes = [_mean([one[key] for one in runs]) for key in ("params", "latency")]
-        fd = [_mean(_values(runs, when, "fid")) for when in ("before", "after")]
-        ratios = [math.log(a / b) for a, b in zip(_values(runs, "after", "fid"), best, strict=True)]
-        paired = "1" if name == "tinyfusion" else _mean(ratios, math.exp)
+        sizes = [_results.mean([one[key] for one in runs]) for key in ("params", "latency")]
+        fd = [_results.mean(_results.values(runs, when, "fid")) for when in ("before", "after")]
+        ratios = [math.log(a / b) for a, b in zip(_results.values(runs, "after", "fid"), best, strict=True)]
+        paired = "1" if name == "tinyfusion" else _results.mean(ratios, math.exp)
         seconds = statistics.fmean(one["seconds"] for one in runs)
-        rows.append([name, gone, *sizes, *fd, paired, _mean(_values(runs, "after", "accuracy")), f"{seconds:.2g}"])
+        rows.append(
+            [name, gone, *sizes, *fd, paired, _results.mean(_results.values(runs, "after", "accuracy")), f"{seconds:.2g}"]
+        )
     return _results.table(head, rows)
 
 
 def _sums(found: dict[str, list[dict[str, Any]]]) -> str:
     head = ["losses", "FD after", "FD / FD(output alone)", "recognised after"]
-    alone = _values(found["output"], "after", "fid")
+    alone = _results.values(found["output"], "after", "fid")
     rows = []
     for name, runs in found.items():
-        ratios = [math.log(a / b) for a, b in zip(_values(runs, "after", "fid"), alone, strict=True)]
-        paired = "1" if name == "output" else _mean(ratios, math.exp)
-        rows.append([name, _mean(_values(runs, "after", "fid")), paired, _mean(_values(runs, "after", "accuracy"))])
+        ratios = [math.log(a / b) for a, b in zip(_results.values(runs, "after", "fid"), alone, strict=True)]
+        paired = "1" if name == "output" else _results.mean(ratios, math.exp)
+        rows.append(
+            [
+                name,
+                _results.mean(_results.values(runs, "after", "fid")),
+                paired,
+                _results.mean(_results.values(runs, "after", "accuracy")),
+            ]
+        )
     return _results.table(head, rows)
-
-
-def _values(runs: list[dict[str, Any]], which: str, metric: str) -> list[float]:
-    return [next(Measurement.model_validate(m).value for m in run["scored"][which] if m["metric"] == metric) for run in runs]
 
 
 if __name__ == "__main__":

@@ -12,14 +12,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..core.measurement import Measurement
 from ..core.recipe import parse
 from ..report.prune_schema import PruneReport
 from ..workflow.context import Context, Options, Silent
 from ..workflow.run import run
 from . import _results
 from ._search_bench import once, only
-from .recovery import _mean
 
 MODEL, SEEDS, STEPS, IMAGES = "zoo:fashion", 3, 10, 1024
 SHARES = {"20": 0.2, "50": 0.5}  # per cent of the maskable parameters that go -> share
@@ -90,22 +88,18 @@ def _table(found: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
     ]
     whole = next(iter(found.values()))
     rows = [
-        ["", "whole", "1", "1", "", _mean(_values(whole, "before", "fid")), "1"]
-        + [_mean(_values(whole, "before", metric)) for metric in METRICS[1:]]
+        ["", "whole", "1", "1", "", _results.mean(_results.values(whole, "before", "fid")), "1"]
+        + [_results.mean(_results.values(whole, "before", metric)) for metric in METRICS[1:]]
         + [""]
     ]
     for (share, method), runs in found.items():
-        sizes = [_mean([one[key] for one in runs]) for key in ("params", "macs", "layers")]
-        pairs = zip(_values(runs, "after", "fid"), _values(runs, "before", "fid"), strict=True)
-        ratio = _mean([math.log(after / before) for after, before in pairs], math.exp)
-        after = [_mean(_values(runs, "after", metric)) for metric in METRICS]
-        seconds = _mean([one["seconds"] for one in runs]) if runs[0]["seconds"] else "0"
+        sizes = [_results.mean([one[key] for one in runs]) for key in ("params", "macs", "layers")]
+        pairs = zip(_results.values(runs, "after", "fid"), _results.values(runs, "before", "fid"), strict=True)
+        ratio = _results.mean([math.log(after / before) for after, before in pairs], math.exp)
+        after = [_results.mean(_results.values(runs, "after", metric)) for metric in METRICS]
+        seconds = _results.mean([one["seconds"] for one in runs]) if runs[0]["seconds"] else "0"
         rows.append([f"{share} %", method, *sizes, after[0], ratio, *after[1:], seconds])
     return _results.table(head, rows)
-
-
-def _values(runs: list[dict[str, Any]], which: str, metric: str) -> list[float]:
-    return [next(Measurement.model_validate(m).value for m in run["scored"][which] if m["metric"] == metric) for run in runs]
 
 
 if __name__ == "__main__":

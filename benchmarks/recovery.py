@@ -9,13 +9,10 @@ side by side share the work; without it the missing ones are run and the section
 import json
 import math
 import shutil
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..core.intervals import t_95
-from ..core.measurement import Measurement
 from ..core.recipe import parse
 from ..report.distill_schema import DistillReport
 from ..report.prune_schema import PruneReport
@@ -126,42 +123,27 @@ def _sizes(found: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
         "recognised after",
     ]
     whole = next(iter(found.values()))
-    rows = [["", "whole", "1", "1", "1", "", *(_mean(_values(whole, "teacher", metric)) for metric in METRICS)]]
+    rows = [["", "whole", "1", "1", "1", "", *(_results.mean(_results.values(whole, "teacher", metric)) for metric in METRICS)]]
     for (size, method), runs in found.items():
-        shares = [_mean([run[key] for run in runs]) for key in ("params", "macs")]
-        latency = _mean([run["latency"][0] for run in runs if run["latency"]])
-        after = [_mean(_values(runs, "after", metric)) for metric in METRICS]
-        rows.append([f"{size} %", method, *shares, latency, _mean(_values(runs, "before", "fid")), *after])
+        shares = [_results.mean([run[key] for run in runs]) for key in ("params", "macs")]
+        latency = _results.mean([run["latency"][0] for run in runs if run["latency"]])
+        after = [_results.mean(_results.values(runs, "after", metric)) for metric in METRICS]
+        rows.append([f"{size} %", method, *shares, latency, _results.mean(_results.values(runs, "before", "fid")), *after])
     return _results.table(head, rows)
 
 
 def _sums(found: dict[str, list[dict[str, Any]]]) -> str:
     """Each beside output distillation alone, paired by seed."""
     head = ["losses", "FD after", "FD / FD(output alone)", "CLIP score after", "recognised after", "seconds"]
-    alone = _values(found["output"], "after", "fid")
+    alone = _results.values(found["output"], "after", "fid")
     rows = []
     for name, runs in found.items():
-        after = [_mean(_values(runs, "after", metric)) for metric in METRICS]
-        ratios = [math.log(a / b) for a, b in zip(_values(runs, "after", "fid"), alone, strict=True)]
-        paired = "1" if name == "output" else _mean(ratios, math.exp)
-        rows.append([name, after[0], paired, *after[1:], _mean([run["seconds"] for run in runs if run["seconds"]])])
-    before = _mean(_values(found["output"], "before", "fid"))
+        after = [_results.mean(_results.values(runs, "after", metric)) for metric in METRICS]
+        ratios = [math.log(a / b) for a, b in zip(_results.values(runs, "after", "fid"), alone, strict=True)]
+        paired = "1" if name == "output" else _results.mean(ratios, math.exp)
+        rows.append([name, after[0], paired, *after[1:], _results.mean([run["seconds"] for run in runs if run["seconds"]])])
+    before = _results.mean(_results.values(found["output"], "before", "fid"))
     return f"FD before: {before}.\n\n{_results.table(head, rows)}"
-
-
-def _values(runs: list[dict[str, Any]], which: str, metric: str) -> list[float]:
-    return [next(Measurement.model_validate(m).value for m in run["scored"][which] if m["metric"] == metric) for run in runs]
-
-
-def _mean(values: list[float], back: Callable[[float], float] = lambda x: x) -> str:
-    """Mean [interval]; back: from the scale that is averaged on."""
-    if not values:
-        return "–"
-    mean = statistics.fmean(values)
-    half = t_95(len(values)) * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    if half < 1e-3 * abs(mean):
-        return f"{back(mean):.3g}"
-    return f"{back(mean):.3g} [{back(mean - half):.3g}, {back(mean + half):.3g}]"
 
 
 if __name__ == "__main__":
