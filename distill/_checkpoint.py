@@ -49,7 +49,7 @@ def read(path: Path, identity: str, *, mapped: bool = False) -> dict[str, Any] |
         ) from e
     if found != identity:
         raise UserError(
-            f"{path}: is of another training (other student, teacher, data, losses or settings). Go on as the run was started, "
+            f"{path}: is of another training (other model, data, losses or settings). Go on as the run was started, "
             "choose another --out, or remove the file to train from the start."
         )
     return state

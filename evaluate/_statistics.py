@@ -39,7 +39,7 @@ OPTIONAL = ("function", "converted", "shards")  # entries of a record that forma
 class Provenance(BaseModel):
     """What the statistics were taken from, and by what."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     features: str  # zoo:judge, ...
     features_hash: str  # sha256 of the extractor's weights

@@ -16,7 +16,7 @@ needs = frozenset({"features", "text", "labels"})
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = "https://arxiv.org/abs/2103.00020"
 
 

@@ -15,7 +15,7 @@ needs = frozenset({"features", "text", "captions"})
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = "https://arxiv.org/abs/2104.08718"
 
 

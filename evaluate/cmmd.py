@@ -22,7 +22,7 @@ needs = frozenset({"features", "reference", "kept"})
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = "https://arxiv.org/abs/2401.09603"
 
     # Whether images of conditions in turn are taken as such. False takes them for independent, as the paper's estimator does:

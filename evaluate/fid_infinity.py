@@ -30,7 +30,7 @@ needs = frozenset({"features", "reference"})
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = "https://arxiv.org/abs/1911.07023"
 
     # Subsets that the line goes through, evenly spaced in their number of images. The paper's 15.

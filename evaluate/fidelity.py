@@ -22,7 +22,7 @@ EQUAL = 1e-10  # mean squared error below which pixels count as equal: 100 dB
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = "https://doi.org/10.1109/TIP.2003.819861"
 
 

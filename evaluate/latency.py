@@ -18,7 +18,7 @@ needs = frozenset({"rig"})
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = ""
     batches: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (1,), min_length=1

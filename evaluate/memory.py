@@ -18,7 +18,7 @@ needs = frozenset({"rig"})
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = ""
     batch: int = Field(1, ge=1)  # images per call
 

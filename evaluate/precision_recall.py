@@ -34,7 +34,7 @@ needs = frozenset({"features", "reference", "kept"})
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = "https://arxiv.org/abs/1904.06991"
 
     # Which nearest neighbour is on the rim of a ball, for precision and recall. The paper's 3.

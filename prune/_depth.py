@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..core.candidate import Cut
 from ..core.errors import UserError
@@ -24,31 +24,35 @@ KINDS = ("transformer_block", "block")  # `units` of methods that remove depth b
 MOST = 5000  # ways to keep N of M: what is learned for each, or counted, has to end
 
 
-def _said(value: object) -> object:
+def _pattern(value: object) -> str:
     """YAML 1.1 reads 1:2 as one hour and two minutes, 62: that is undone.
 
-    >>> _said(62), _said("1:2"), _said(434)
+    >>> _pattern(62), _pattern("1:2"), _pattern(434)
     ('1:2', '1:2', '7:14')
     """
-    return f"{value // 60}:{value % 60}" if isinstance(value, int) and not isinstance(value, bool) and value >= 60 else value
-
-
-def _pattern(text: str) -> str:
-    found = re.fullmatch(r"(\d+):(\d+)", text)
+    is_time = isinstance(value, int) and not isinstance(value, bool) and value >= 60
+    text = f"{value // 60}:{value % 60}" if is_time else value  # type: ignore[operator]
+    found = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
     if not found or not int(found[1]) <= int(found[2]) or int(found[2]) < 1:
         raise ValueError(f"{text!r}: write N:M, N blocks of M that stay, N at most M, e.g. 1:2")
-    return text
+    return found[0]
 
 
-Pattern = Annotated[str, BeforeValidator(_said), AfterValidator(_pattern)]
+def _patterns(value: object) -> object:
+    if value is None:
+        return None
+    return [_pattern(one) for one in value] if isinstance(value, list | tuple) else _pattern(value)
+
+
+Patterns = Annotated[str | list[str] | None, BeforeValidator(_patterns)]
 
 
 class Structured(BaseModel):
     """What all methods that keep N of M blocks can be told."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    structure: Pattern | list[Pattern] | None = None  # N:M of every group, or one for each; by default what `keep` asks for
+    structure: Patterns = None  # N:M of every group, or one for each; by default what `keep` asks for
     group: int = Field(default=2, ge=1)  # M where no structure is given: blocks in a group
 
 
@@ -82,6 +86,10 @@ def groups(task: "Task", config: Structured, name: str) -> list[Group]:
             f"{name}: {type(task.denoiser).__name__} has no transformer blocks that follow one another. laptop cuts its layers."
         )
     found = _given(runs, config.structure, name) if config.structure is not None else _targeted(task, runs, config.group, name)
+    if config.structure is not None and sum(g.stay for g in found) in (0, sum(len(g.blocks) for g in found)):
+        said = config.structure if isinstance(config.structure, str) else ", ".join(config.structure)
+        what = "every block, so that there is nothing to choose" if found[0].stay else "no block"
+        raise UserError(f"{name}: structure {said}: keeps {what}. Let some go and some stay, e.g. 1:2.")
     for group in found:
         if (ways := math.comb(len(group.blocks), group.stay)) > MOST:
             raise UserError(

@@ -27,5 +27,18 @@ def alive(logits: Tensor, delta: float) -> Tensor:
     M > 0 where log((u + delta) / (1 - u + delta)) > ZERO - lambda, that is u > (r (1 + delta) - delta) / (1 + r), r = e^(ZERO - lambda).
     With delta = 0 this is sigma(lambda - ZERO), eq. 12 of arXiv 1712.01312.
     """
-    r = torch.exp(ZERO - logits)
-    return (1 - (r * (1 + delta) - delta) / (1 + r)).clamp(0.0, 1.0)
+    return _unclamped(logits, delta).clamp(0.0, 1.0)
+
+
+def steered(logits: Tensor, delta: float) -> Tensor:
+    """`alive`, with the gradient of what is not clamped (straight through).
+
+    With delta > 0 gates beyond the noise's end are surely open or shut: without a gradient their cost would never move them.
+    """
+    free = _unclamped(logits, delta)
+    return free + (free.clamp(0.0, 1.0) - free).detach()
+
+
+def _unclamped(logits: Tensor, delta: float) -> Tensor:
+    """(1 + delta - r delta) / (1 + r) without the overflow of r."""
+    return (1 + 2 * delta) * torch.sigmoid(logits - ZERO) - delta

@@ -25,7 +25,7 @@ WHAT: tuple[What, ...] = ("heads", "units", "channels")
 class Narrowing(BaseModel):
     """Settings of every method that makes layers narrower."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     what: tuple[What, ...] = Field(default=WHAT, min_length=1)  # of attentions, of feed-forwards, of ResNets, of norms
     scope: Literal["local", "global"] = "local"  # the same share of every layer, or the least score per saved unit first

@@ -25,7 +25,7 @@ calibrated = True  # asks for losses on calibration calls
 class Config(BaseModel):
     """Settings of LAPTOP-Diff."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = "https://arxiv.org/abs/2404.11098"
 
     solver: Literal["knapsack", "greedy"] = "knapsack"  # exact, or by loss per saved unit

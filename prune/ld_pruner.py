@@ -37,7 +37,7 @@ calibrated = "latents"  # asks for `measure` of the latents that whole trajector
 class Config(BaseModel):
     """Settings of LD-Pruner."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = "https://arxiv.org/abs/2404.11936"
 
     rank: Literal["score", "score_per_saved"] = "score"  # lowest score first, or lowest score per saved unit (ours)

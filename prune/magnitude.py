@@ -22,7 +22,7 @@ calibrated = False
 class Config(BaseModel):
     """Settings of magnitude pruning."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = "https://arxiv.org/abs/1506.02626"
 
     norm: Literal["rms", "l2", "l1"] = "rms"  # rms: per weight, so that large layers are not spared for their size

@@ -37,12 +37,13 @@ narrows = True  # cuts widths, not layers
 Scores = Mapping[Width, Sequence[float]]  # of each head, unit or channel group
 What = Literal["heads", "units", "channels", "modulation"]
 BOTH: tuple[What, ...] = ("heads", "units")
+HALF_OPEN = math.log(9)  # logits nearer to zero say 0.1 to 0.9
 
 
 class Config(BaseModel):
     """Settings of learned masks."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.02852"
 
     what: tuple[What, ...] = Field(default=BOTH, min_length=1)  # of attentions, feed-forwards, norms (FLUX); ours: of ResNets
@@ -86,14 +87,16 @@ def prune(task: Task, config: Config, rng: random.Random) -> Pruned:
     scores = _by_width(widths, logits)
     lesson.keep(logits, {"widths": [[w.address, w.what, w.count, w.granule] for w in widths]})
     cuts = chosen(task, widths, scores, config)
-    undecided = sum(0.1 < 1 / (1 + math.exp(-value)) < 0.9 for values in scores.values() for value in values)
-    total = sum(map(len, scores.values()))
-    warnings = [f"{undecided} of {total} gates are half open: learn for longer, or let the target rise faster"] * (
-        2 * undecided > total
+    values = [value for one in scores.values() for value in one]
+    undecided = sum(abs(value) < HALF_OPEN for value in values)
+    warnings = [f"{undecided} of {len(values)} gates are half open: learn for longer, or let the target rise faster"] * (
+        2 * undecided > len(values)
     )
+    if min(values) > HALF_OPEN:
+        warnings.append("every gate is still open, so that what goes is hardly chosen: learn for longer, or at a higher rate")
     return Pruned(
         cuts=cuts,
-        scores={width.address: math.fsum(values) / len(values) for width, values in scores.items()},
+        scores={width.address: math.fsum(one) / len(one) for width, one in scores.items()},
         label="mean of the learned logits",
         warnings=(*warnings, *many_shapes(task, cuts)),
     )
@@ -104,7 +107,7 @@ def _learned(task: Task, widths: Sequence[Width], config: Config, need: float, s
     import torch
     from torch import nn
 
-    from ._hard_concrete import alive, gate
+    from ._hard_concrete import gate, steered
     from ._learning import Loop
 
     lesson = task.lesson()
@@ -126,7 +129,7 @@ def _learned(task: Task, widths: Sequence[Width], config: Config, need: float, s
         drawn = torch.Generator().manual_seed((seed + 7919 * salt + at) % 2**63)
         noise = {w: torch.rand(len(w.groups), generator=drawn).to(lesson.device) for w in widths}
         gates = {w: gate(logits[name(w)], noise[w], config.delta) for w in widths}
-        saved = torch.stack([prices[w] * (1 - alive(logits[name(w)], config.delta)).sum() for w in widths]).sum() / need
+        saved = torch.stack([prices[w] * (1 - steered(logits[name(w)], config.delta)).sum() for w in widths]).sum() / need
         gap = min(1.0, (at + 1) / max(config.ramp * config.iterations, 1)) - saved  # of the target, so far
         return lesson.distance(positions, masks(gates)) + pulls["l1"] * gap + pulls["l2"] * gap**2
 

@@ -13,7 +13,7 @@ calibrated = False
 class Config(BaseModel):
     """No settings: the seed is that of the run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = ""
 
 

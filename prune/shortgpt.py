@@ -23,7 +23,7 @@ units = _depth.KINDS
 class Config(BaseModel):
     """No settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.03853"
 
 

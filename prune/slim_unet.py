@@ -38,7 +38,7 @@ PRESETS: dict[str, tuple[list[int | None], dict[str, Any]]] = {
 class Config(BaseModel):
     """A preset, a map, or a preset and what differs from it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = "https://arxiv.org/abs/2305.15798"
 
     preset: str | None = None  # bk-base, bk-small, bk-tiny (SD 1 and 2), ssd-1b, vega, koala-1b, koala-700m (SDXL)

@@ -16,9 +16,9 @@ likeliest choice, and that a target may say how many blocks go.
 """
 
 import random
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ..core.errors import UserError
 from . import _depth
@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 
 calibrated = "learned"  # asks for samples to learn from
 units = _depth.KINDS
+
+
+def _warm(temperatures: tuple[float, float]) -> tuple[float, float]:
+    if min(temperatures) <= 0:
+        raise ValueError(f"must be above 0, got {temperatures[0]:g} and {temperatures[1]:g}")
+    return temperatures
 
 
 class Config(_depth.Structured):
@@ -45,7 +51,7 @@ class Config(_depth.Structured):
     update_rate: float = Field(default=1e-4, gt=0)  # learning rate of the update
     gate_rate: float = Field(default=1e-3, gt=0)  # learning rate of the logits
     scale: float = Field(default=100.0, gt=0)  # s: what logits are multiplied by
-    temperature: tuple[float, float] = (4.0, 0.1)  # tau of the first and of the last step
+    temperature: Annotated[tuple[float, float], AfterValidator(_warm)] = (4.0, 0.1)  # tau of the first and of the last step
     noise: bool = True  # false: the likeliest choice in every step, no draws
     ema: float = Field(default=0.999, ge=0, lt=1)  # decay of the averaged logits; shorter searches average over less
     clip: float = Field(default=1.0, gt=0)  # of the gradient's norm

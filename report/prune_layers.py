@@ -19,6 +19,12 @@ def scored(layers: Sequence[LayerScore]) -> list[tuple[float, LayerScore]]:
     return [(layer.score, layer) for layer in layers if layer.score is not None]
 
 
+def signed(layers: Sequence[LayerScore]) -> bool:
+    """Whether the scores say something below zero (logits of gates), or nothing above it: then no log scale shows them."""
+    found = [score for score, _ in scored(layers)]
+    return bool(found) and (min(found) < 0 or max(found) <= 0)
+
+
 def scores_are(report: PruneReport) -> str:
     """The heading of the scores."""
     return report.score_label or "score"

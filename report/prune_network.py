@@ -44,17 +44,24 @@ class Cell(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """Classes of equal width on a log scale between the smallest and the largest score above zero."""
+    """Classes of equal width between the smallest and the largest score: on a log scale of those above zero, unless they are signed."""
 
     low: float
     high: float
+    linear: bool
 
     def level(self, score: float) -> int:
         if score <= self.low:
             return 0
         if score >= self.high:
             return LEVELS - 1
+        if self.linear:
+            return int(LEVELS * (score - self.low) / (self.high - self.low))
         return int(LEVELS * math.log(score / self.low) / math.log(self.high / self.low))
+
+    @property
+    def middle(self) -> float:
+        return (self.low + self.high) / 2 if self.linear else math.sqrt(self.low * self.high)
 
 
 class Pen(NamedTuple):
@@ -81,8 +88,9 @@ def _scale(layers: Sequence[LayerScore]) -> Scale | None:
     known = [score for score, _ in prune_layers.scored(layers)]
     if not known:
         return None
-    positive = [score for score in known if score > 0] or [max(known)]
-    return Scale(min(positive), max(positive))
+    linear = prune_layers.signed(layers)
+    shown = known if linear else [score for score in known if score > 0]
+    return Scale(min(shown), max(shown), linear)
 
 
 def _unet(layers: Sequence[LayerScore], pen: Pen) -> tuple[list[str], float]:
@@ -276,7 +284,10 @@ def _key(report: PruneReport, pen: Pen, drawn: str, y: float) -> tuple[list[str]
     """The colour bar, what marks mean, what shapes and letters mean."""
     out, x = [], 0.0
     if pen.scale is not None:
-        out += [_text(0, y + 6, f"{prune_layers.scores_are(report)}, log scale"), *_bar(report.layers, pen.scale, y + 11)]
+        out += [
+            _text(0, y + 6, f"{prune_layers.scores_are(report)}{'' if pen.scale.linear else ', log scale'}"),
+            *_bar(report.layers, pen.scale, y + 11),
+        ]
         x, y = LEVELS * STEP + 18, y + 11
     level = pen.scale.low if pen.scale else None
     plain = LayerScore(address="", kind="resnet", params=0, score=level)
@@ -309,7 +320,7 @@ def _bar(layers: Sequence[LayerScore], scale: Scale, y: float) -> list[str]:
     sign = "≤ " if any(score < scale.low for score, _ in prune_layers.scored(layers)) else ""
     out.append(_text(0, y + 19, f"{sign}{scale.low:.2g}"))
     if levels > 1:
-        out.append(_text(LEVELS * STEP / 2, y + 19, f"{math.sqrt(scale.low * scale.high):.2g}", "middle"))
+        out.append(_text(LEVELS * STEP / 2, y + 19, f"{scale.middle:.2g}", "middle"))
         out.append(_text(LEVELS * STEP, y + 19, f"{scale.high:.2g}", "end"))
     return out
 

@@ -62,10 +62,10 @@ def ranking(report: PruneReport) -> str | None:
     if not ranked:
         return None
     figure, axes = new_figure(3.2)
-    places = {layer.address: place for place, layer in enumerate(ranked, 1)}
+    places, signed = {layer.address: place for place, layer in enumerate(ranked, 1)}, prune_layers.signed(ranked)
     for layers, color, mark, size, name in _groups(ranked):
         at = [places[layer.address] for layer in layers]
-        _points(axes, at, [layer.score or 0.0 for layer in layers], color, mark, size, name)
+        _points(axes, at, [layer.score or 0.0 for layer in layers], color, mark, size, name, signed=signed)
     _score_axis(axes, ranked)
     axes.set_xlabel("layers, the cheapest first")
     axes.set_ylabel(prune_layers.scores_are(report))
@@ -79,15 +79,15 @@ def bargains(report: PruneReport) -> str | None:
     if not scored:
         return None
     figure, axes = new_figure(3.2)
-    kinds = list(dict.fromkeys(map(prune_layers.kind, scored)))
+    kinds, signed = list(dict.fromkeys(map(prune_layers.kind, scored))), prune_layers.signed(scored)
     for layers, color, _, size, name in _groups(scored):
         for kind in kinds:
             some = [layer for layer in layers if prune_layers.kind(layer) == kind]
             mark = KINDS[kinds.index(kind) % len(KINDS)]
             xs, ys = [layer.params for layer in some], [layer.score or 0.0 for layer in some]
-            _points(axes, xs, ys, color, mark, size, None)
+            _points(axes, xs, ys, color, mark, size, None, signed=signed)
             if name == "cut":  # the kind's own marker, crossed out
-                _points(axes, xs, ys, SURFACE, "x", 13, None, zorder=4)
+                _points(axes, xs, ys, SURFACE, "x", 13, None, zorder=4, signed=signed)
     for kind, mark in zip(kinds, itertools.cycle(KINDS), strict=False):  # one entry for a kind, whether kept or cut
         axes.scatter([], [], s=26, color=FIXED, marker=mark, label=kind)
     if any(layer.cut for layer in scored):
@@ -134,11 +134,12 @@ def _groups(layers: Sequence[LayerScore]) -> list[tuple[list[LayerScore], str, s
 
 
 def _points(
-    axes: "Axes", xs: Sequence[float], ys: Sequence[float], color: str, mark: str, size: int, name: str | None, zorder: int = 3
-) -> None:
-    """Points at their values; a score of zero or less, which a log axis cannot show, lies on the lower edge."""
-    shown = [(x, y) for x, y in zip(xs, ys, strict=True) if y > 0]
-    edge = [x for x, y in zip(xs, ys, strict=True) if y <= 0]
+    axes: "Axes", xs: Sequence[float], ys: Sequence[float], color: str, mark: str, size: int, name: str | None, zorder: int = 3,
+    *, signed: bool,
+) -> None:  # fmt: skip
+    """Points at their values; unless they are signed, a score of zero or less, which a log axis cannot show, lies on the lower edge."""
+    shown = [(x, y) for x, y in zip(xs, ys, strict=True) if y > 0 or signed]
+    edge = [x for x, y in zip(xs, ys, strict=True) if y <= 0 and not signed]
     lines = {"linewidths": 1.3} if mark == "x" else {"edgecolors": SURFACE, "linewidths": 0.6}
     if shown:
         at = ([x for x, _ in shown], [y for _, y in shown])
@@ -150,7 +151,9 @@ def _points(
 
 
 def _score_axis(axes: "Axes", layers: Sequence[LayerScore]) -> None:
-    """A log axis upwards where scores span much, and a word about those that it cannot show."""
+    """A log axis upwards where scores span much, and a word about those that it cannot show. Signed ones it shows as they are."""
+    if prune_layers.signed(layers):
+        return
     positive = [score for score, _ in prune_layers.scored(layers) if score > 0]
     log_where_wide(axes, "y", positive)
     if len(positive) < len(layers):

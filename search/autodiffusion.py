@@ -34,7 +34,7 @@ varies = frozenset({"timesteps", "skips", "reuse", "models", "cuts"})
 class Config(BaseModel):
     """Evolutionary search, timesteps first, layer skips second."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = "https://arxiv.org/abs/2309.10438"
 
     population: int = Field(default=20, ge=4)  # candidates per generation; the paper has 50

@@ -43,7 +43,7 @@ DRAWS, MOVES = 5, 200  # of a proposal that is not new
 class Config(BaseModel):
     """Bayesian optimisation with Optuna's samplers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = "https://arxiv.org/abs/2304.11127"
 
     sampler: Literal["auto", "tpe", "gp"] = "auto"  # auto: gp, slow but thrifty, for 4 parameters at most; else tpe

@@ -36,7 +36,7 @@ RESTARTS = 10  # that find nothing new, one after the other: the space is exhaus
 class Config(BaseModel):
     """CMA-ES over timesteps."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = "https://arxiv.org/abs/1604.00772"
 
     sigma: float = Field(default=0.15, gt=0, le=1)  # first standard deviation of every gap, each from 0 to 1; tutorial: 0.3

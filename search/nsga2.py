@@ -37,7 +37,7 @@ TRIES = 50  # mutations of a child that was there before
 class Config(BaseModel):
     """NSGA-II: a front over several objectives."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = "https://doi.org/10.1109/4235.996017"
 
     population: int = Field(default=16, ge=4, multiple_of=4)  # candidates per generation, a multiple of 4; the paper has 100

@@ -22,7 +22,7 @@ varies = frozenset({"timesteps", "skips", "reuse", "models", "cuts"})
 class Config(BaseModel):
     """Uniform random plans."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = "https://www.jmlr.org/papers/v13/bergstra12a.html"
 
     batch: int = Field(default=20, ge=1)  # candidates proposed at once; does not change which ones

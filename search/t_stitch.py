@@ -32,7 +32,7 @@ needs = frozenset({"models"})
 class Config(BaseModel):
     """A sweep over the places where a larger model takes over."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.14167"
 
     grid: float = Field(default=0.1, gt=0, le=1)  # distance of two shares; the paper has 0.1

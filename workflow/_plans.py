@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import methods, narrowing
-from ..core.candidate import Candidate, Cut, SamplingPlan, Step
+from ..core.candidate import Candidate, Cut, SamplingPlan
 from ..core.conditions import Conditions
 from ..core.errors import UserError
 from ..core.stages import COSTS, SearchStage
@@ -76,7 +76,7 @@ def plans_of(subject: Subject, stage: SearchStage, folder: Path | None = None) -
 
     folder: keeps measured times. Without one they are measured for the moment.
     """
-    from ..core import anatomy, cost, driving, spacing
+    from ..core import anatomy, cost, spacing
     from ..core.candidate import Scheduler
     from ..core.driving.schedulers import evaluations
     from ..core.driving.steering import denoisers
@@ -85,9 +85,7 @@ def plans_of(subject: Subject, stage: SearchStage, folder: Path | None = None) -
 
     pipe = subject.model.pipe
     scheduler = Scheduler.of(pipe.scheduler)
-    middle = max(1, pipe.scheduler.config.get("num_train_timesteps", 1000) // 2)
-    probe = SamplingPlan(scheduler=scheduler, steps=(Step(timestep=middle),))
-    driving.check(pipe, probe)  # refuses schedulers and pipelines that cannot follow any plan
+    subject.check_solver()
     times = spacing.times(pipe.scheduler)
     subject.check_steps(stage.steps)
     if "reuse" in stage.space and len(parts := denoisers(pipe)) > 1:

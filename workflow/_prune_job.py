@@ -77,7 +77,8 @@ def job_of(
 
     folder: keeps measured times, of the model that `identity` is a hash of.
     """
-    from ..prune import _spaces
+    from ..prune import _depth, _spaces
+    from ..prune._task import Task
     from . import _widths
 
     module = methods.load("prune", stage.method)
@@ -128,6 +129,8 @@ def job_of(
     else:
         spaces = _spaces.any_layer(layers, saves)
     most = max((space.most for space in spaces), default=0.0)
+    if isinstance(config, _depth.Structured):  # one block at least has to stay, whichever it is
+        most -= max((option.saved for space in spaces for site in space.sites for option in site), default=0.0)
     if most < need * (1 - 1e-9):
         cuts = "the cuts that a stock config can express" if stage.require_plain_load else "the cuts"
         cuts = f"all {', '.join(_widths.counted(config))} but one of each layer" if widths else cuts
@@ -136,6 +139,8 @@ def job_of(
             f"is {_up(1 - most / total):g}."
         )
     reach = tuple(space for space in spaces if space.most >= need * (1 - 1e-9))
+    if isinstance(config, _depth.Structured):  # refuses what does not fit, before anything is learned
+        _depth.groups(Task(gauge.denoiser, layers, reach, need, lambda options: []), config, stage.method)
     return Job(module, config, gauge, layers, reach, total, need, stage.of, widths)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..core import models
-from ..core.candidate import canonical
+from ..core.candidate import SamplingPlan, Scheduler, Step, canonical
 from ..core.conditions import NOTES, UNCONDITIONAL, Conditions
 from ..core.conditions import read as read_conditions
 from ..core.errors import UserError, one_line
@@ -117,6 +117,14 @@ class Subject:
                 f"{self.model.ref}: {type(self.model.pipe).__name__} refuses what it is given ({type(e).__name__}: {one_line(e)}). "
                 f"Check --prompts and --call, or the recipe's prompts and call."
             ) from e
+
+    def check_solver(self) -> None:
+        """Refuse schedulers and pipelines that cannot follow any plan."""
+        from ..core import driving
+
+        pipe = self.model.pipe
+        middle = max(1, pipe.scheduler.config.get("num_train_timesteps", 1000) // 2)
+        driving.check(pipe, SamplingPlan(scheduler=Scheduler.of(pipe.scheduler), steps=(Step(timestep=middle),)))
 
     def check_steps(self, steps: int, name: str = "--steps") -> None:
         """Refuse more steps than the scheduler has timesteps. name: of what the user said."""

@@ -163,6 +163,7 @@ def _own(subject: Subject, steps: int) -> SamplingPlan:
     from ..core import spacing
 
     subject.check_steps(steps, "solver_steps")
+    subject.check_solver()
     scheduler = subject.model.pipe.scheduler
     found = spacing.fixed(scheduler, steps)
     own = str(scheduler.config.get("timestep_spacing", ""))

@@ -1,5 +1,6 @@
 """Narrower layers in files: written from the parent's rows and columns, opened without lissom, cut again. What they cost."""
 
+import copy
 import json
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -20,7 +21,7 @@ from lissom.core.widths import Width, widths
 from lissom.tests.core import cutting, tiny
 from lissom.tests.core.cutting import cut_output, inputs, keep, output, remove
 from lissom.tests.core.test_export import opened_elsewhere, save, written
-from lissom.tests.core.test_widths import BLOCK, cut
+from lissom.tests.core.test_widths import BLOCK, cut, some
 from lissom.tests.core.tiny_families import FLUX, WIDE, _transformer, arguments, wide
 from lissom.tests.core.tiny_families import output as wide_output
 from lissom.workflow._gauge import Gauge
@@ -240,12 +241,32 @@ def test_what_is_offloaded_is_cut_to_the_same_files(kind: str) -> None:
     assert export.structure(denoiser, cuts).sources == plan.sources and torch.equal(wide_output(denoiser), whole)
 
 
-def test_what_has_lost_all_heads_is_compiled_as_any_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [*WIDE, "unet"])
+def test_what_was_read_back_computes_the_same_compiled_and_in_a_short_type(kind: str, tmp_path: Path) -> None:
+    """5.5, item 5: of layers without any heads or units too; the same bits as the cut model in bfloat16."""
     torch._dynamo.reset()
-    denoiser = reloaded(wide("dit"), in_turns(widths(wide("dit")), 2), tmp_path / "made")
-    compiled: Any = torch.compile(denoiser, backend="eager")
-    torch.testing.assert_close(wide_output(compiled), wide_output(denoiser), rtol=0, atol=1e-6)
+    denoiser = cutting.family("sd") if kind == "unet" else wide(kind)
+    cuts = in_turns(widths(denoiser), 0) if kind != "unet" else [some(width, 0) for width in widths(denoiser)]
+    made, whole = reloaded(denoiser, cuts, tmp_path / "made", carried=True), copy.deepcopy(denoiser)
+    compiled: Any = torch.compile(made, backend="aot_eager" if kind == "dit" else "eager", fullgraph=kind != "unet")
+    with torch.no_grad():
+        found = compiled(**arguments(made), return_dict=False)[0]
+    torch.testing.assert_close(found, wide_output(made), rtol=0, atol=1e-6)
+    short = reloaded(denoiser, cuts, tmp_path / "short", carried=True, dtype=torch.bfloat16).bfloat16()
+    with applied(whole.bfloat16(), cuts):
+        wanted = in_bfloat16(whole)
+    assert torch.equal(in_bfloat16(short), wanted) and wanted.dtype == torch.bfloat16
+    assert not torch.equal(wanted, in_bfloat16(whole)) and bool(wanted.isfinite().all())
     torch._dynamo.reset()
+
+
+@torch.no_grad()
+def in_bfloat16(denoiser: Any) -> torch.Tensor:
+    short = {
+        k: v.bfloat16() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments(denoiser).items()
+    }
+    out: torch.Tensor = denoiser(**short, return_dict=False)[0]
+    return out
 
 
 def test_widths_of_large_models_are_those_of_an_inventory() -> None:

@@ -52,7 +52,7 @@ def sizes(found: list[Group]) -> list[tuple[int, int]]:
         ("2:4", [(2, 4)] * 3),
         ("6:12", [(6, 12)]),
         (["3:4", "2:4", "4:4"], [(3, 4), (2, 4), (4, 4)]),
-        ("0:3", [(0, 3)] * 4),
+        (["0:3", "3:9"], [(0, 3), (3, 9)]),
     ],
 )
 def test_structures_divide_the_blocks(structure: Any, want: list[tuple[int, int]]) -> None:

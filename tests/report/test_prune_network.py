@@ -184,9 +184,12 @@ def test_colours_follow_the_logarithm_of_the_score() -> None:
 
 
 def test_scores_that_have_no_logarithm() -> None:
-    picture = Picture(scored(a=0.0, b=1e-3, c=0.1, d=-1.0))
+    picture = Picture(scored(a=0.0, b=1e-3, c=0.1, d=0.0))
     assert [level(cell) for cell in picture.cells] == [0, 0, 6, 0]
-    assert "≤ 0.001" in picture.print
+    assert "≤ 0.001" in picture.print and "log scale" in " ".join(picture.print)
+    signed = Picture(scored(a=-3.0, b=-1.0, c=0.0, d=4.0))  # logits of gates
+    assert [level(cell) for cell in signed.cells] == [0, 2, 3, 6]
+    assert {"-3", "0.5", "4"} <= set(signed.print) and "log scale" not in " ".join(signed.print)
     zeros = Picture(scored(a=0.0, b=0.0))
     assert [level(cell) for cell in zeros.cells] == [0, 0] and "0" in zeros.print
     same = Picture(scored(a=0.5, b=0.5))
