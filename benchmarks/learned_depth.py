@@ -82,7 +82,7 @@ def _run(folder: Path, stages: list[dict[str, Any]], seed: int) -> dict[str, Any
         "params": pruned.after.params / pruned.before.params,
         "latency": pruned.latency[0].ratio.value,
         "gone": sorted(int(cut.address.rpartition(".")[2]) for cut in pruned.cuts),
-        "seconds": pruned.spent.get("seconds_for_learning", pruned.spent.get("seconds_for_losses", 0.0)),
+        "seconds": sum(value for key, value in pruned.spent.items() if key.startswith("seconds_for_")),
         "scored": {s.name: [m.plain() for m in s.measurements] for s in found.scored},
     }
 

@@ -9,6 +9,7 @@ several processes side by side share the work; without it the missing ones are r
 import json
 import math
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def _run(folder: Path, stage: dict[str, Any], seed: int) -> dict[str, Any]:
         "macs": found.after.macs / found.before.macs,
         "maskable": found.calibration.get("maskable"),
         "layers": len(found.cuts),
-        "seconds": found.spent.get("seconds_for_learning", 0.0),
+        "seconds": sum(value for key, value in found.spent.items() if key.startswith("seconds_for_")),
         "scored": {s.name: [m.plain() for m in s.measurements] for s in found.scored},
     }
 
@@ -97,9 +98,15 @@ def _table(found: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
         pairs = zip(_results.values(runs, "after", "fid"), _results.values(runs, "before", "fid"), strict=True)
         ratio = _results.mean([math.log(after / before) for after, before in pairs], math.exp)
         after = [_results.mean(_results.values(runs, "after", metric)) for metric in METRICS]
-        seconds = _results.mean([one["seconds"] for one in runs]) if runs[0]["seconds"] else "0"
+        seconds = f"{statistics.fmean(one['seconds'] for one in runs):.3g}"
         rows.append([f"{share} %", method, *sizes, after[0], ratio, *after[1:], seconds])
-    return _results.table(head, rows)
+    beside = "; ".join(f"{share} %: {_beside(found, share)}" for share in SHARES)
+    return f"{_results.table(head, rows)}\n\nMasks by final latents / step by step, FD paired by seed: {beside}."
+
+
+def _beside(found: dict[tuple[str, str], list[dict[str, Any]]], share: str) -> str:
+    pairs = [_results.values(found[share, name], "after", "fid") for name in ("masks", "masks, step by step")]
+    return _results.mean([math.log(a / b) for a, b in zip(*pairs, strict=True)], math.exp)
 
 
 if __name__ == "__main__":

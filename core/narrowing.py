@@ -208,6 +208,11 @@ def _with(module: Any, parts: dict[str, Any]) -> Any:
     return new
 
 
+def norms_all(layer: Any) -> bool:
+    """Whether an attention's queries or keys are normed over all heads, so that they stay whole when heads go."""
+    return any(_across(layer, name) is not None for name in _rows(layer))
+
+
 def _rows(layer: Any) -> list[str]:
     """The projections that an attention has."""
     return [name for name in PROJECTIONS if getattr(layer, name, None) is not None]

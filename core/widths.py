@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from . import narrowing
@@ -24,7 +25,7 @@ class Width:
     count: int  # heads, units, channels or modulation channels there are
     granule: int  # how many in a row go together: 1, or the channels in a group of the ResNet's GroupNorm
 
-    @property
+    @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Indices that go together. Any of the groups may go, as long as one stays; all but channels may go altogether.
 

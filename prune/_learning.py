@@ -176,6 +176,7 @@ def updated(denoiser: "nn.Module", how: str, rank: int, seed: int = 0) -> "Itera
     before = [(p, p.requires_grad, p.grad) for p in denoiser.parameters()]
     whole = {name: p.detach().clone() for name, p in denoiser.named_parameters()} if how == "full" else {}
     linear = {name: m for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)} if how == "lora" else {}
+    adapted = "peft_config" in vars(denoiser)  # before
     try:
         for p, *_ in before:
             p.requires_grad_(how == "full" and p.is_floating_point())
@@ -195,6 +196,8 @@ def updated(denoiser: "nn.Module", how: str, rank: int, seed: int = 0) -> "Itera
             for name, p in denoiser.named_parameters():
                 if name in whole:
                     p.copy_(whole[name])
+        if linear and not adapted:
+            vars(denoiser).pop("peft_config", None)
         for p, flag, grad in before:
             p.requires_grad_(flag)
             p.grad = grad

@@ -156,6 +156,8 @@ def _stays(task: Task, widths: Sequence[Width], scores: Scores, config: Config) 
     order = sorted((value, i, k) for i, w in enumerate(widths) for k, value in enumerate(scores[w]))
     classes = {} if config.shapes is None else by_class(task.denoiser)
 
+    ranks = {w: sorted(range(len(w.groups)), key=lambda k: (scores[w][k], k)) for w in widths}
+
     def left(count: int) -> dict[Width, set[int]]:
         gone: dict[Width, int] = dict.fromkeys(widths, 0)
         for _, i, _k in order[:count]:
@@ -163,11 +165,7 @@ def _stays(task: Task, widths: Sequence[Width], scores: Scores, config: Config) 
         counts = {w: w.granule * _count(w, len(w.groups) - gone[w], config) for w in widths}
         if config.shapes is not None:
             counts = limited(classes, counts, config.shapes)
-        found = {}
-        for w in widths:
-            ranked = sorted(range(len(w.groups)), key=lambda k: (scores[w][k], k))
-            found[w] = set(ranked[len(ranked) - counts[w] // w.granule :])
-        return found
+        return {w: set(ranks[w][len(w.groups) - counts[w] // w.granule :]) for w in widths}
 
     low, high = 0, len(order)  # enough is saved with `high`, which `_reachable` has seen to
     while low < high:
@@ -199,7 +197,7 @@ def _keeping(width: Width, groups: Sequence[int]) -> Cut:
 
 
 def _all_but_one(width: Width) -> Cut:
-    return _keeping(width, range(1)) if len(width.groups) > 1 else _keeping(width, [])
+    return _keeping(width, range(1))
 
 
 def _reachable(task: Task, widths: Sequence[Width], config: Config) -> float:
@@ -225,5 +223,5 @@ def _by_width(widths: Sequence[Width], logits: "Mapping[str, Tensor]") -> dict[W
                 f"masks: gates: {width.address} has {len(width.groups)} {width.what.removeprefix('keep_')} to choose from and {there} in the file. "
                 "Give the file of a run on the same model, with the same `what`."
             )
-        found[width] = [float(value) for value in values.detach()]
+        found[width] = values.detach().tolist()
     return found

@@ -73,7 +73,7 @@ def prune(task: Task, config: Config, rng: random.Random) -> Pruned:
     def loss(at: int, salt: int) -> "Tensor":
         kwargs, target = lesson.samples(range(at * config.batch, (at + 1) * config.batch), salt)
         done = at / max(config.iterations - 1, 1)
-        noise = torch.Generator().manual_seed((seed + at) % 2**63) if config.noise else None
+        noise = torch.Generator().manual_seed((seed + 7919 * salt + at) % 2**63) if config.noise else None
         gates.draw(len(target), config.scale, first + (last - first) * done, noise)
         answer = denoiser(**kwargs, return_dict=False)[0].float()[:, : target.shape[1]]
         return torch.nn.functional.mse_loss(answer, target.to(answer))

@@ -154,7 +154,8 @@ class Space:
         def of(step: Step) -> float:
             if step.model is not None:
                 return price.models.get(step.model, one)
-            return one - sum(price.layers.get(a, 0.0) - gone.get(a, 0.0) for a in step.left_out)
+            # (Parameters are saved by no step: then a layer has no price, and what a cut saved of it stays saved.)
+            return one - sum(price.layers[a] - gone.get(a, 0.0) for a in step.left_out if a in price.layers)
 
         return price.beside + sum(count * of(step) for count, step in zip(self._counts, genome.steps, strict=True))
 

@@ -5,6 +5,7 @@
 """
 
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,9 +70,16 @@ def learned(stage: SearchStage, gauge: Gauge, context: Context, folder: Path | N
         return Learned()
 
     def make() -> Any:
-        return [_facts(name, context) for name in stage.learned]
+        facts = [_facts(name, context) for name in stage.learned]
+        _fitting(stage, gauge, facts)  # what does not fit is not kept
+        return facts
 
-    facts = make() if folder is None else kept(folder / "learned-scores.json", stage.learned, make)
+    return _fitting(stage, gauge, make() if folder is None else kept(folder / "learned-scores.json", stage.learned, make))
+
+
+def _fitting(stage: SearchStage, gauge: Gauge, facts: list[Any]) -> Learned:
+    """UserError where they are not of this denoiser."""
+    wanted = stage.learning
     widths: dict[str, tuple[Width, list[float]]] = {}
     blocks: dict[str, float] = {}
     for run, found in zip(stage.learned, facts, strict=True):
@@ -118,12 +126,13 @@ def _widths(run: str, found: list[Any], gauge: Gauge) -> list[tuple[Width, list[
     for address, what, count, granule, scores in found:
         try:
             there: object = width(gauge.denoiser, address, what)
-        except (ValueError, AttributeError) as e:
-            there = one_line(e)
+        except (ValueError, AttributeError):
+            there = None
         if there != (count, granule):
+            here = there[0] if isinstance(there, tuple) else "none that can be cut"
             raise UserError(
-                f"learned: {run}: learned of another model: {count} {what.removeprefix('keep_')} of {address}, and here it is "
-                f"{there[0] if isinstance(there, tuple) else there}. Name a run on the model that is searched."
+                f"learned: {run}: learned of another model: {count} {what.removeprefix('keep_')} of {address}, and here there are {here}. "
+                "Name a run on the model that is searched."
             )
         if len(Width(address, what, count, granule).groups) > 1:
             widths.append((Width(address, what, count, granule), scores))
@@ -161,7 +170,7 @@ def _ladder(width: Width, scores: list[float]) -> tuple[Rung, ...]:
     return tuple(found)
 
 
-def opening(found: Learned, space: "Space", best: SamplingPlan) -> "Opening":
+def opening(found: Learned, space: "Space", best: SamplingPlan, seed: int) -> "Opening":
     """The best fixed schedule on the model as the scores would cut it: by masks, by depth, half by each; to the budget and
     half-way there, or to KEEPS. Sizes that cannot be reached are passed over."""
     goal = space.budget.get("macs")
@@ -174,6 +183,8 @@ def opening(found: Learned, space: "Space", best: SamplingPlan) -> "Opening":
             genome: Genome | None = _plain(space, best)
             for ladders, share in parts:
                 genome = genome and _taken(space, genome, found, ladders, share)
+            if genome and goal in (None, keep):
+                genome = space.fill(genome, random.Random(seed))  # budgets of time and parameters hold too
             if genome:
                 opened.append((f"learned {name}, {keep:.0%} of the MACs", genome))
     return opened

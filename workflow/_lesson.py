@@ -105,6 +105,7 @@ class Lessons(Book):
     def __init__(self, stage: PruneStage, subject: Subject, config: Any, folder: Path, identity: str) -> None:
         """config: the method's, with `images`, `data_steps`, `batch`. Nothing is made yet, but what cannot be done is refused."""
         from ..core.denoiser_calls import Calls
+        from ..core.driving.steering import denoisers
         from ..core.noising import Noising
         from ..core.sampling import Sampler
         from ..distill._samples import Noised
@@ -112,6 +113,11 @@ class Lessons(Book):
 
         super().__init__(stage, subject, config, folder, identity)
         options, seed = subject.context.options, subject.context.recipe.seed
+        if len(denoisers(subject.model.pipe)) > 1:
+            raise UserError(
+                f"{stage.method}: {type(subject.model.pipe).__name__} shares its noise levels between several denoisers, and samples of "
+                "all of them say nothing of one. laptop looks at the first one alone."
+            )
         wanted = Wanted(config.images, config.data_steps)
         self.data = (
             data.Taught(wanted, subject, folder)

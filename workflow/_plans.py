@@ -16,7 +16,7 @@ from ._learned import Learned, learned
 from ._prune_job import gauge_of
 from ._sites import sites
 from ._subject import Subject
-from ._widths import share_gone
+from ._widths import macs_of
 from .context import Context
 
 if TYPE_CHECKING:
@@ -150,8 +150,9 @@ def _macs(costs: "Costs", layers: dict[str, int], space: "Space", weigh: _Weigh)
 
 def _saved(costs: "Costs", cut: Cut, gauge: Gauge) -> float | None:
     """MACs that one cut saves, where the layers' own say so. Of an attention that is emptied only its blocks go."""
-    if cut.what in narrowing.NARROWS and (macs := gauge.table.layers.get(cut.address)) is not None:
-        return macs * share_gone(gauge, cut) * costs.total / gauge.macs
+    if cut.what in narrowing.NARROWS:
+        saved = macs_of(gauge, cut)
+        return None if saved is None else saved * costs.total / gauge.macs
     if cut.what == "remove":
         return costs.layers.get(cut.address)
     blocks = [macs for a, macs in costs.layers.items() if a.rpartition(".")[0] == f"{cut.address}.transformer_blocks"]

@@ -83,10 +83,16 @@ def _learned(stage: PruneStage, job: Job, default: int) -> dict[str, Any]:
     """Of samples or trajectories that are learned from: forwards and backwards of one image, and what makes the images."""
     config, found = job.config, {"scored": len(job.widths or job.layers), "learning_steps": job.config.iterations}
     if job.module.calibrated == "trajectories":  # every denoiser call is computed twice, for it is not kept
+        if config.gates is not None:
+            return {"scored": found["scored"]}
         steps = trajectory_steps(job) or default
         passes = config.iterations * config.batch * steps
         found |= {"trajectories_in_a_step": config.batch, "solver_steps": steps}
-        return {**found, "denoiser_forwards": config.images * steps + 2 * passes, "denoiser_backwards": passes}
+        return {
+            **found,
+            "denoiser_forwards": config.images * steps + (3 if config.by_block else 2) * passes,
+            "denoiser_backwards": passes,
+        }
     made = config.images * (config.data_steps or default) if stage.data in (None, "teacher") else 0
     passes = config.iterations * config.batch
     found |= {"samples_in_a_step": config.batch}

@@ -139,9 +139,26 @@ def job_of(
             f"is {_up(1 - most / total):g}."
         )
     reach = tuple(space for space in spaces if space.most >= need * (1 - 1e-9))
+    if usual is not UNITS:
+        _removable(stage, layers, spaces)
     if isinstance(config, _depth.Structured):  # refuses what does not fit, before anything is learned
         _depth.groups(Task(gauge.denoiser, layers, reach, need, lambda options: []), config, stage.method)
     return Job(module, config, gauge, layers, reach, total, need, stage.of, widths)
+
+
+def _removable(stage: PruneStage, layers: "Sequence[Layer]", spaces: "Sequence[Space]") -> None:
+    """UserError for depth blocks that could not go in the end, whatever is found."""
+    if any(layer.returns is not None for layer in layers):
+        raise UserError(
+            f"{stage.method}: nothing is known of what its blocks hand on, so that none can be masked or left out unseen. laptop looks at "
+            "each of them when it is called."
+        )
+    single = {cut.address for s in spaces for site in s.sites for o in site if len(o.cuts) == 1 for cut in o.cuts}
+    if stage.require_plain_load and (bound := [layer.address for layer in layers if layer.address not in single]):
+        raise UserError(
+            f"{stage.method}: no stock config does without {bound[0]} alone ({len(bound)} of {len(layers)} blocks). Leave "
+            "require_plain_load out, or take them out of the choice with exclude."
+        )
 
 
 def structured(config: Any) -> bool:

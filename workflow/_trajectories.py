@@ -24,7 +24,7 @@ CHECKED = 64  # trajectories at most that a choice of cuts is measured on
 class Trajectories(Book):
     """The pipeline's own loop along its own schedule, from the same seeds and conditions with masks and without."""
 
-    what = "E |z(pruned) - z|^2 of the final latents, as a share of their variance"
+    what = "E |z(pruned) - z|^2 of the final latents that were learned from, as a share of their variance"
 
     def __init__(self, stage: PruneStage, subject: Subject, config: Any, folder: Path, identity: str) -> None:
         """config: the method's, with `images`, `solver_steps`, `batch`, `by_block`. UserError where no plan can be followed."""

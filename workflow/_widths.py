@@ -74,8 +74,8 @@ def saves(gauge: Gauge, of: str) -> "Callable[[tuple[Cut, ...]], float]":
         return float(gauge.params_saved(cuts))
 
     def macs(cuts: tuple[Cut, ...]) -> float:
-        if len(cuts) == 1 and (macs := gauge.table.layers.get(cuts[0].address)) is not None:
-            return macs * share_gone(gauge, cuts[0])  # all that a layer computes is done head by head, unit by unit
+        if len(cuts) == 1 and (macs := macs_of(gauge, cuts[0])) is not None:
+            return macs
         return float(gauge.macs - gauge.after(cuts)[1])
 
     return macs if of == "macs" else params
@@ -109,11 +109,17 @@ def _keeping(width: "Width", groups: Sequence[Sequence[int]]) -> Cut:
     return Cut.model_validate({"address": width.address, "what": width.what, "value": stay})
 
 
-def share_gone(gauge: Gauge, cut: Cut) -> float:
-    from ..core.narrowing import width
+def macs_of(gauge: Gauge, cut: Cut) -> float | None:
+    """MACs that one narrower layer saves, read off the table; None where they have to be counted."""
+    from ..core import narrowing
 
+    layer, macs = gauge.denoiser.get_submodule(cut.address), gauge.table.layers.get(cut.address)
+    if macs is None or cut.what == "keep_heads" and narrowing.norms_all(layer):
+        return None
     assert isinstance(cut.value, tuple)
-    return 1 - len(cut.value) / width(gauge.denoiser.get_submodule(cut.address), cut.what)[0]
+    return macs * (
+        1 - len(cut.value) / narrowing.width(layer, cut.what)[0]
+    )  # all that is computed is, head by head, unit by unit
 
 
 def _within(address: str, other: str) -> bool:

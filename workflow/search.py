@@ -133,7 +133,7 @@ def _propose(
     best = usual[0].request.candidate.plan if usual else None
     usual_plan = best or next(iter(run.plans.fixed.values()))
     opening = [*opening, *_opening.pruned(stage, run.subject, run.plans, usual_plan, folder)]
-    opening += _learned.opening(run.plans.learned, run.plans.space, usual_plan)
+    opening += _learned.opening(run.plans.learned, run.plans.space, usual_plan, seed)
     ladder = Ladder(stage, run.settle, usual[0] if usual else None)
     task = Task(run.plans.space, stage.trials, seeds, stage.objective, tuple(ladder.known(known)), tuple(opening))
     proposals = module.search(task, config, random.Random(seed))

@@ -1,6 +1,8 @@
 """Searches of heads, units and depth blocks that start from learned scores: what opens them, what they cost, what is refused."""
 
 import json
+import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from lissom.core.candidate import Candidate, Cut
 from lissom.core.errors import UserError
 from lissom.core.recipe import build, parse
 from lissom.core.stages import SearchStage
+from lissom.search._space import toggled
 from lissom.tests.workflow import small
 from lissom.workflow import _learned
 from lissom.workflow._plans import Plans, plans_of
@@ -79,7 +82,7 @@ def test_a_search_opens_with_what_the_scores_choose_and_saves_the_model(runs: di
 def test_the_least_open_heads_and_units_go_first_and_the_likeliest_blocks_stay(runs: dict[str, str], tmp_path: Path) -> None:
     found = plans(tmp_path, space=["timesteps", "masks", "depth"], learned=list(runs.values()))
     best = next(iter(found.fixed.values()))
-    opened = dict(_learned.opening(found.learned, found.space, best))
+    opened = dict(_learned.opening(found.learned, found.space, best, 0))
     with safe_open(f"{runs['masks']}/gates.safetensors", framework="pt") as file:
         gates = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         assert json.loads(file.metadata()["widths"])
@@ -101,7 +104,7 @@ def test_costs_are_those_of_the_cut_model(runs: dict[str, str], tmp_path: Path) 
     found = plans(tmp_path, space=["timesteps", "masks", "depth"], learned=list(runs.values()), budget={"params": 0.9})
     best = next(iter(found.fixed.values()))
     gauge = found.weigh.gauge
-    for name, genome in _learned.opening(found.learned, found.space, best):
+    for name, genome in _learned.opening(found.learned, found.space, best, 0):
         candidate = found.space.candidate(genome)
         params, macs = gauge.after(candidate.cuts)
         shares = found.shares(candidate)
@@ -109,12 +112,26 @@ def test_costs_are_those_of_the_cut_model(runs: dict[str, str], tmp_path: Path) 
         assert shares["macs"] == pytest.approx(macs / gauge.macs, abs=2e-3), name  # of guidance's halves too
 
 
+def test_skipping_what_is_narrowed_gives_no_parameters_back(runs: dict[str, str], tmp_path: Path) -> None:
+    """And saves the MACs that are left of it."""
+    space = plans(
+        tmp_path, space=["timesteps", "skips", "masks"], learned=runs["masks"], budget={"params": 0.8, "macs": 0.9}
+    ).space
+    narrow = space.recut(space.random_times(random.Random(0)), 0, 1)
+    (choice,) = space.chosen(narrow)
+    block = next(a for a in space.layers if choice.name.startswith(f"{a}."))
+    both = toggled(narrow, 0, block)
+    assert space.share(both, "params") == space.share(narrow, "params") < 1
+    whole = toggled(space.random_times(random.Random(0)), 0, block)
+    gained = space.share(narrow) - space.share(both)
+    assert 0 < gained < 1 - space.share(whole)
+    assert all(space.fits(space.fill(space.random_times(random.Random(k)), random.Random(k))) for k in range(5))
+
+
 def test_what_is_removed_is_not_narrowed_and_what_is_narrowed_may_be_skipped(runs: dict[str, str], tmp_path: Path) -> None:
     space = plans(tmp_path, space=["timesteps", "skips", "masks", "depth"], learned=list(runs.values())).space
     names = {site[0].lost: i for i, site in enumerate(space.sites)}
     block, inside = names[frozenset({"transformer_blocks.3"})], names[frozenset({"transformer_blocks.3.attn1.keep_heads"})]
-    import random
-
     plain = space.random_times(random.Random(0))
     both = space.recut(space.recut(plain, inside, 1), block, 1)
     assert [choice.name for choice in space.chosen(both)] == ["transformer_blocks.3"]
@@ -124,14 +141,18 @@ def test_what_is_removed_is_not_narrowed_and_what_is_narrowed_may_be_skipped(run
 
 
 def test_a_search_goes_on_when_the_run_it_learned_from_is_gone(runs: dict[str, str], tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(runs["depth"], tmp_path / "learned")
     first = plans(tmp_path, tmp_path, space=["timesteps", "depth"], learned="learned")
     shutil.rmtree(tmp_path / "learned")
     assert plans(tmp_path, tmp_path, space=["timesteps", "depth"], learned="learned").space.sites == first.space.sites
     with pytest.raises(UserError, match="learned: .*learned.* cannot be read"):
         plans(tmp_path, space=["timesteps", "depth"], learned="learned")
+
+
+def test_scores_that_do_not_fit_are_not_kept(runs: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="space: masks: nothing that"):
+        plans(tmp_path, tmp_path, space=["timesteps", "masks"], learned=runs["depth"])
+    assert not (tmp_path / "learned-scores.json").exists()
 
 
 @pytest.mark.parametrize(
