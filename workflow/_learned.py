@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     Opening = list[tuple[str, Genome]]
 
 RUNGS = 8  # a width may lose so many eighths
-KEEPS = (0.9, 0.8, 0.7, 0.6)  # shares of the MACs that openings leave, where no budget says how much
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,6 @@ def learned(stage: SearchStage, gauge: Gauge, context: Context, folder: Path | N
 
     Kept in `folder`: a search that goes on has the space that it had, whatever has become of the runs.
     """
-    wanted = stage.learning
-    if not wanted:
-        return Learned()
 
     def make() -> Any:
         facts = [_facts(name, context) for name in stage.learned]
@@ -170,17 +166,24 @@ def _ladder(width: Width, scores: list[float]) -> tuple[Rung, ...]:
     return tuple(found)
 
 
+def shares(goal: float | None) -> tuple[float, ...]:
+    """Shares of the MACs that openings leave: the budget's and half-way there, or several where there is none."""
+    return (0.9, 0.8, 0.7, 0.6) if goal is None else ((1 + goal) / 2, goal)
+
+
 def opening(found: Learned, space: "Space", best: SamplingPlan, seed: int) -> "Opening":
-    """The best fixed schedule on the model as the scores would cut it: by masks, by depth, half by each; to the budget and
-    half-way there, or to KEEPS. Sizes that cannot be reached are passed over."""
+    """The best fixed schedule on the model as the scores would cut it: by masks, by depth, half by each; to the
+    `shares` of the MACs. Sizes that cannot be reached are passed over."""
+    from ..search._space import Genome
+
     goal = space.budget.get("macs")
     opened: Opening = []
-    for keep in KEEPS if goal is None else ((1 + goal) / 2, goal):
+    for keep in shares(goal):
         ways = {"masks": [(found.masks, keep)], "depth": [(found.depth, keep)]}
         if found.masks and found.depth:
             ways["masks and depth"] = [(found.depth, (1 + keep) / 2), (found.masks, keep)]
         for name, parts in ways.items():
-            genome: Genome | None = _plain(space, best)
+            genome: Genome | None = Genome(best.steps, (0,) * len(space.sites))
             for ladders, share in parts:
                 genome = genome and _taken(space, genome, found, ladders, share)
             if genome and goal in (None, keep):
@@ -188,12 +191,6 @@ def opening(found: Learned, space: "Space", best: SamplingPlan, seed: int) -> "O
             if genome:
                 opened.append((f"learned {name}, {keep:.0%} of the MACs", genome))
     return opened
-
-
-def _plain(space: "Space", best: SamplingPlan) -> "Genome":
-    from ..search._space import Genome
-
-    return Genome(best.steps, (0,) * len(space.sites))
 
 
 def _taken(

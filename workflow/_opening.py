@@ -13,6 +13,7 @@ from ..core.errors import UserError, one_line
 from ..core.stages import PruneStage, SearchStage
 from ..report.schema import SearchReport
 from ._kept import kept
+from ._learned import shares
 from ._plans import Plans
 from ._subject import Subject
 from .context import Context
@@ -22,12 +23,11 @@ if TYPE_CHECKING:
 
     Opening = list[tuple[str, Genome]]
 
-KEEPS = (0.9, 0.8, 0.7, 0.6)  # shares of the MACs that the pruner's choices leave, where no budget says how much
 PLANS = 8  # of another search that open this one
 
 
 def pruned(stage: SearchStage, subject: Subject, plans: Plans, best: SamplingPlan, folder: Path) -> "Opening":
-    """The best fixed schedule on models that a prune method has cut, to the budget and half-way there, or to KEEPS.
+    """The best fixed schedule on models that a prune method has cut, to the `shares` of the MACs.
 
     The method's losses are kept in `folder`. Sizes that cannot be reached are passed over.
     """
@@ -49,7 +49,7 @@ def pruned(stage: SearchStage, subject: Subject, plans: Plans, best: SamplingPla
     wanted = {"additivity": 0, "solver_steps": stage.steps}
     settings = {key: value for key, value in wanted.items() if key in module.Config.model_fields}
     losses, found = None, []
-    for keep in KEEPS if goal is None else ((1 + goal) / 2, goal):
+    for keep in shares(goal):
         asked = PruneStage(
             prune=stage.seeded_by,
             keep=keep,

@@ -32,13 +32,7 @@ KINDS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several threads may share the sum of a matrix product, and then round it as they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def of_all(denoiser: Any, value: float, **options: Any) -> dict[str, tuple[str, Tensor]]:

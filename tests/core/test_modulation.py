@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,7 @@ WITH, WITHOUT = ("dit", "sd3", "flux"), ("pixart", "chroma", "sana", "wan")
 WHAT = "keep_modulation"
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several threads may share the sum of a matrix product, and then round it as they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def modulations(denoiser: Any) -> list[Width]:

@@ -1,7 +1,6 @@
 """Gates on depth blocks: off is the identity, N of M whatever is drawn, and what is decoded is what was masked."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,14 +14,7 @@ from lissom.tests.prune.test_depth import SHAPES, inputs, task
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several threads may share the sum of a matrix product, and then round it as they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tensors(value: Any) -> list[Tensor]:
