@@ -13,12 +13,12 @@ from lissom.core.masking import Masks, masked
 from lissom.core.surgery import applied
 from lissom.core.widths import Width, widths
 from lissom.tests.core import cutting
-from lissom.tests.core.test_masking import KINDS, UNETS, cut_output, masked_output, of_all, one_thread
+from lissom.tests.core.test_masking import KINDS, UNETS, cut_output, masked_output, of_all
 from lissom.tests.core.tiny_families import WIDE, arguments, output, wide
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["one_thread"]  # a fixture that every test here uses
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def off(width: Width, k: int) -> tuple[Masks, Cut]:
