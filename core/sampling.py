@@ -1,7 +1,6 @@
 """Images or latents from a pipeline, a plan, conditions and seeds: one seed per image, whatever the batch size."""
 
 import contextlib
-import gc
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -108,9 +107,7 @@ class Sampler:
         self.chunk = size // 2
         if self.memo is not None:
             self.memo.clear()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        memory.give_back()
 
     def _draw(self, plan: SamplingPlan | None, seeds: Seeds, indices: range, steps: int | None, output: Output) -> Batch:
         arguments = self.arguments(seeds, indices, steps)

@@ -34,8 +34,15 @@ class Gates(nn.Module):
             self.register_buffer(f"ways_{k}", rows, persistent=False)
         self.masks: dict[str, Tensor] = {}  # address -> (B,), of the samples that are being computed
 
-    def draw(self, samples: int, scale: float, temperature: float, noise: torch.Generator | None) -> None:
-        """Masks of so many samples. noise: of the Gumbel numbers; None for the likeliest choice of every group, with a gradient."""
+    def draw(
+        self, samples: int, scale: float, temperature: float, noise: torch.Generator | None, few: range | None = None
+    ) -> None:
+        """Masks of so many samples. noise: of the Gumbel numbers; None for the likeliest choice of every group, with a gradient.
+
+        few: those of the samples that are computed now; all by default. The others' numbers are drawn as well: a sample has the
+        same mask whatever is computed with it.
+        """
+        now = slice(None) if few is None else slice(few.start, few.stop)
         self.masks = {}
         for k, group in enumerate(self.groups):
             logits = (scale * self.logits[k]).expand(samples, -1)
@@ -45,7 +52,7 @@ class Gates(nn.Module):
             soft = (logits / temperature).softmax(-1)
             hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
             mask = (hard + (soft - soft.detach())) @ self.get_buffer(f"ways_{k}")
-            self.masks |= {block: mask[:, i] for i, block in enumerate(group.blocks)}
+            self.masks |= {block: mask[now, i] for i, block in enumerate(group.blocks)}
 
     @contextmanager
     def on(self, denoiser: nn.Module) -> Iterator[None]:

@@ -21,6 +21,10 @@ class Lesson(Protocol):
 
     device: Any
     folder: Any
+    chunk: int  # samples that are computed at once
+
+    def fitting(self, run: "Callable[[], float]") -> float:
+        """What `run` comes to; where memory runs out, it is run again with `chunk` halved. UserError where one is too much."""
 
     def samples(self, positions: Sequence[int], salt: int) -> "tuple[dict[str, Any], Tensor]":
         """Keyword arguments of the denoiser's forward, and what it should answer, (B, C, …). salt: another one, other noise.
@@ -53,6 +57,15 @@ class Lesson(Protocol):
         """A step is done."""
 
 
+def split(positions: range, most: int) -> list[range]:
+    """In parts of at most so many.
+
+    >>> split(range(5, 10), 2)
+    [range(5, 7), range(7, 9), range(9, 10)]
+    """
+    return [positions[k : k + most] for k in range(0, len(positions), most)]
+
+
 class Settings(Protocol):
     """What the loop reads of a method's Config."""
 
@@ -73,11 +86,12 @@ class Loop:
         groups: "Sequence[dict[str, Any]]",
         averaged: "Mapping[str, nn.Parameter]",
         config: Settings,
-        loss: "Callable[[int, int], Tensor]",
+        loss: "Callable[[int, int], Iterator[Tensor]]",
     ) -> None:
         """groups: of AdamW, each with its `params` as a mapping of names. averaged: those whose mean is asked for.
 
-        loss: (step, salt) -> what the step makes smaller, with its graph. salt: another one, other noise; it changes after a NaN.
+        loss: (step, salt) -> what the step makes smaller, in parts that are summed, each asked for when the one before is done
+        with its graph. salt: another one, other noise; it changes after a NaN.
         """
         import torch
 
@@ -113,19 +127,28 @@ class Loop:
         import torch
 
         c = self.config
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.enable_grad():
-            loss = self.loss(self.at, self.salt)
-            loss.backward()
+        loss = self.lesson.fitting(self._summed)
         norm = float(torch.nn.utils.clip_grad_norm_(self.named.values(), c.clip))
-        if not math.isfinite(loss.item()) or not math.isfinite(norm):
+        if not math.isfinite(loss) or not math.isfinite(norm):
             return None
         self.optimizer.step()
         decay = min(c.ema, (1 + self.at) / (10 + self.at))  # a short search is not averaged with its beginning
         for name, p in self.averaged.items():
             self.average[name].lerp_(p.detach(), 1 - decay)
         fine = all(bool(torch.isfinite(p.detach()).all()) for p in self.averaged.values())
-        return loss.item() if fine else None
+        return loss if fine else None
+
+    def _summed(self) -> float:
+        """The loss of this step; its gradients are then in the parameters."""
+        import torch
+
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        with torch.enable_grad():
+            for part in self.loss(self.at, self.salt):
+                part.backward()
+                total += part.item()
+        return total
 
     def _save(self) -> None:
         state = {

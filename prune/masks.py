@@ -17,7 +17,7 @@ is what is deployed. What goes is decided over all layers by lambda, negative on
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -119,19 +119,20 @@ def _learned(task: Task, widths: Sequence[Width], config: Config, need: float, s
     prices = {w: task.saves((_all_but_one(w),)) / max(len(w.groups) - 1, 1) for w in widths}  # of one group
     settled = round(config.iterations * (1 - config.settle))
 
-    def loss(at: int, salt: int) -> "Tensor":
+    def loss(at: int, salt: int) -> "Iterator[Tensor]":
         positions = range(at * config.batch, (at + 1) * config.batch)
         if at >= settled:
             stay = _stays(task, widths, _by_width(widths, logits), config)
             hard = {w: torch.tensor([float(k in stay[w]) for k in range(len(w.groups))], device=lesson.device) for w in widths}
             soft = {w: gate(logits[name(w)], None, config.delta) for w in widths}
-            return lesson.distance(positions, masks({w: hard[w] + (soft[w] - soft[w].detach()) for w in widths}))
+            yield lesson.distance(positions, masks({w: hard[w] + (soft[w] - soft[w].detach()) for w in widths}))
+            return
         drawn = torch.Generator().manual_seed((seed + 7919 * salt + at) % 2**63)
         noise = {w: torch.rand(len(w.groups), generator=drawn).to(lesson.device) for w in widths}
         gates = {w: gate(logits[name(w)], noise[w], config.delta) for w in widths}
         saved = torch.stack([prices[w] * (1 - steered(logits[name(w)], config.delta)).sum() for w in widths]).sum() / need
         gap = min(1.0, (at + 1) / max(config.ramp * config.iterations, 1)) - saved  # of the target, so far
-        return lesson.distance(positions, masks(gates)) + pulls["l1"] * gap + pulls["l2"] * gap**2
+        yield lesson.distance(positions, masks(gates)) + pulls["l1"] * gap + pulls["l2"] * gap**2
 
     groups = [{"params": logits, "lr": config.rate}, {"params": pulls, "lr": config.pull, "maximize": True}]
     return Loop(lesson, groups, logits, config, loss).run()

@@ -16,6 +16,8 @@ likeliest choice, and that a target may say how many blocks go.
 """
 
 import random
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
@@ -55,14 +57,16 @@ class Config(_depth.Structured):
     noise: bool = True  # false: the likeliest choice in every step, no draws
     ema: float = Field(default=0.999, ge=0, lt=1)  # decay of the averaged logits; shorter searches average over less
     clip: float = Field(default=1.0, gt=0)  # of the gradient's norm
+    by_block: bool = False  # compute blocks again one by one in the backward pass: less memory, one more forward
 
 
 def prune(task: Task, config: Config, rng: random.Random) -> Pruned:
     """Learn, then remove what is not in the likeliest choice of every group. Raises UserError where the loss ends in NaN."""
     import torch
 
+    from ..core.driving.checkpoint import recomputed
     from ._depth_gates import Gates, decoded, staying
-    from ._learning import Loop, updated
+    from ._learning import Loop, split, updated
 
     groups = _depth.groups(task, config, "tinyfusion")
     lesson, denoiser = task.lesson(), task.denoiser
@@ -70,16 +74,18 @@ def prune(task: Task, config: Config, rng: random.Random) -> Pruned:
     seed = rng.getrandbits(62)
     first, last = config.temperature
 
-    def loss(at: int, salt: int) -> "Tensor":
-        kwargs, target = lesson.samples(range(at * config.batch, (at + 1) * config.batch), salt)
-        done = at / max(config.iterations - 1, 1)
-        noise = torch.Generator().manual_seed((seed + 7919 * salt + at) % 2**63) if config.noise else None
-        gates.draw(len(target), config.scale, first + (last - first) * done, noise)
-        answer = denoiser(**kwargs, return_dict=False)[0].float()[:, : target.shape[1]]
-        return torch.nn.functional.mse_loss(answer, target.to(answer))
+    def loss(at: int, salt: int) -> "Iterator[Tensor]":
+        temperature = first + (last - first) * at / max(config.iterations - 1, 1)
+        for few in split(range(config.batch), lesson.chunk):
+            kwargs, target = lesson.samples([at * config.batch + n for n in few], salt)
+            noise = torch.Generator().manual_seed((seed + 7919 * salt + at) % 2**63) if config.noise else None
+            gates.draw(config.batch, config.scale, temperature, noise, few)
+            answer = denoiser(**kwargs, return_dict=False)[0].float()[:, : target.shape[1]]
+            yield torch.nn.functional.mse_loss(answer, target.to(answer)) * (len(few) / config.batch)
 
     logits = {f"group {k}": g for k, g in enumerate(gates.logits)}
-    with updated(denoiser, config.update, config.rank, seed) as weights, gates.on(denoiser):
+    again = recomputed(denoiser) if config.by_block else nullcontext()
+    with updated(denoiser, config.update, config.rank, seed) as weights, gates.on(denoiser), again:
         rates = [{"params": logits, "lr": config.gate_rate}]
         rates += [{"params": weights, "lr": config.update_rate}] if weights else []
         average = Loop(lesson, rates, logits, config, loss).run()

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core import memory
 from ..core.candidate import Cut, canonical
 from ..core.errors import UserError, one_line
 from ..core.files import write_bytes
@@ -30,6 +31,7 @@ class Book:
         UserError where this device or type cannot learn.
         """
         from ..core.anatomy import uncompiled
+        from ..core.driving.checkpoint import can_recompute
 
         options = subject.context.options
         if options.dtype not in ("float32", "fp32"):
@@ -41,7 +43,32 @@ class Book:
         self.stage, self.subject, self.config, self.folder, self.identity = stage, subject, config, folder, identity
         self.denoiser: Any = uncompiled(subject.model.denoiser)
         self.device = next(self.denoiser.parameters()).device
+        if getattr(config, "by_block", False) and not can_recompute(self.denoiser):
+            raise UserError(f"by_block: diffusers cannot compute blocks of {type(self.denoiser).__name__} again. Leave it out.")
+        self.chunk = min(options.chunk, config.batch)  # samples that are computed at once
         self._began, self._seconds, self._steps = 0.0, 0.0, 0
+
+    def fitting(self, run: Callable[[], float]) -> float:
+        """See `_learning.Lesson.fitting`."""
+        while True:
+            try:
+                return run()
+            except RuntimeError as e:
+                if not memory.ran_out(e):
+                    raise
+            self._halve()  # only after the frame whose traceback holds the tensors is gone
+
+    def _halve(self) -> None:
+        if self.chunk == 1:
+            less = (
+                ""
+                if getattr(self.config, "by_block", True)
+                else " Set by_block=true: blocks are then computed again one by one."
+            )
+            raise UserError(f"{self.device}: out of memory with a single sample to learn from.{less} Or take a larger device.")
+        self.chunk //= 2
+        memory.give_back()
+        self.subject.context.progress.say(f"{self.device}: out of memory; going on with {self.chunk} samples at once")
 
     def load(self) -> dict[str, Any] | None:
         from ..distill import _checkpoint
@@ -163,11 +190,17 @@ class Lessons(Book):
     def _loss(self) -> float:
         import torch
 
+        from ..prune._learning import split
+
         self.data.make()
-        total = 0.0
-        with torch.no_grad():
-            for k in range(HELD_OUT):
-                found = self._unseen(range(k * self.config.batch, (k + 1) * self.config.batch), 0)
-                answer = self.denoiser(**found.kwargs, return_dict=False)[0].float()[:, : found.target.shape[1]]
-                total += float((answer - found.target.to(answer)).square().mean()) / HELD_OUT
-        return total
+
+        def summed() -> float:
+            total, count = 0.0, HELD_OUT * self.config.batch
+            with torch.no_grad():
+                for few in split(range(count), self.chunk):
+                    found = self._unseen(few, 0)
+                    answer = self.denoiser(**found.kwargs, return_dict=False)[0].float()[:, : found.target.shape[1]]
+                    total += float((answer - found.target.to(answer)).square().mean()) * len(few) / count
+            return total
+
+        return self.fitting(summed)

@@ -96,7 +96,8 @@ def _learned(stage: PruneStage, job: Job, default: int) -> dict[str, Any]:
     made = config.images * (config.data_steps or default) if stage.data in (None, "teacher") else 0
     passes = config.iterations * config.batch
     found |= {"samples_in_a_step": config.batch}
-    return {**found, "denoiser_forwards": made + passes, "denoiser_backwards": passes}
+    again = getattr(config, "by_block", False)
+    return {**found, "denoiser_forwards": made + (2 if again else 1) * passes, "denoiser_backwards": passes}
 
 
 def say(found: dict[str, Any]) -> str:

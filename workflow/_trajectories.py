@@ -59,7 +59,7 @@ class Trajectories(Book):
         # goes to copies of the factors here, and on to whatever they are made of when the caller asks.
         copies = {address: (what, f.detach().requires_grad_()) for address, (what, f) in masks.items()}
         with silent(self.subject.model.pipe), self.subject.asking():
-            for run in _runs(images):  # a call of the pipeline takes images that follow one another
+            for run in _runs(images, self.chunk):  # a call of the pipeline takes images that follow one another
                 arguments = self.subject.sampler.arguments(self.seeds, run, len(self.plan.steps))
                 value += measure(run, arguments, copies, len(images))
         through = [
@@ -175,14 +175,15 @@ def _own(subject: Subject, steps: int) -> SamplingPlan:
     return found[name]
 
 
-def _runs(images: Sequence[int]) -> list[range]:
-    """
-    >>> _runs([0, 1, 5, 6, 7])
-    [range(0, 2), range(5, 8)]
+def _runs(images: Sequence[int], most: int) -> list[range]:
+    """Images that follow one another, at most so many together.
+
+    >>> _runs([0, 1, 5, 6, 7], 2)
+    [range(0, 2), range(5, 7), range(7, 8)]
     """
     found: list[range] = []
     for i in images:
-        if found and found[-1].stop == i:
+        if found and found[-1].stop == i and len(found[-1]) < most:
             found[-1] = range(found[-1].start, i + 1)
         else:
             found.append(range(i, i + 1))

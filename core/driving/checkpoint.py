@@ -61,17 +61,20 @@ def _by_block(on: bool, call: Call, following: Next) -> Any:
     if not torch.is_grad_enabled():
         return following(call)
     _refuse(call)
-    with _checkpointing(call.module, on, call.run.step.skip):
+    with recomputed(call.module, on, call.run.step.skip):
         return following(call)
 
 
 @contextmanager
-def _checkpointing(denoiser: nn.Module, on: bool, skipped: tuple[str, ...]) -> Iterator[None]:
-    """diffusers' own switches, set and put back. Blocks that are computed again leave out the same layers."""
-    whole: Any = anatomy.uncompiled(denoiser)
-    parts: list[Any] = [m for m in whole.modules() if hasattr(m, "gradient_checkpointing")]
-    if on and not (parts and getattr(whole, "_supports_gradient_checkpointing", False)):
-        raise CannotFollow(f"{type(whole).__name__} cannot be checkpointed block by block. Checkpoint whole steps only.")
+def recomputed(denoiser: nn.Module, on: bool = True, skipped: tuple[str, ...] = ()) -> Iterator[None]:
+    """Inside, a backward pass computes the denoiser's blocks again one by one. diffusers' own switches, set and put back.
+
+    skipped: layers that are left out, then too. CannotFollow where diffusers has no such switch.
+    """
+    if on and not can_recompute(denoiser):
+        name = type(anatomy.uncompiled(denoiser)).__name__
+        raise CannotFollow(f"{name} cannot be checkpointed block by block. Checkpoint whole steps only.")
+    parts = _switches(denoiser)
 
     def compute(block: Any, *args: Any) -> Any:
         return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), absent(denoiser, skipped)))
@@ -87,6 +90,16 @@ def _checkpointing(denoiser: nn.Module, on: bool, skipped: tuple[str, ...]) -> I
             for name in names:
                 vars(part).pop(name, None)
             vars(part).update(values)
+
+
+def can_recompute(denoiser: nn.Module) -> bool:
+    """Whether diffusers checkpoints the blocks of a denoiser."""
+    whole = anatomy.uncompiled(denoiser)
+    return bool(_switches(denoiser)) and bool(getattr(whole, "_supports_gradient_checkpointing", False))
+
+
+def _switches(denoiser: nn.Module) -> list[Any]:
+    return [m for m in anatomy.uncompiled(denoiser).modules() if hasattr(m, "gradient_checkpointing")]
 
 
 def _offloading(leaves: Sequence[Any]) -> AbstractContextManager[Any]:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from lissom.core import surgery
 from lissom.core.candidate import Cut
+from lissom.core.driving.checkpoint import recomputed
+from lissom.core.saved_bytes import saved
 from lissom.prune import _depth
 from lissom.prune._depth import Group, Structured
 from lissom.prune._depth_gates import Gates, decoded, staying
@@ -150,3 +152,31 @@ def test_the_likeliest_choice_may_be_without_the_likeliest_block() -> None:
     assert decoded([group], chances) == (("c",), [pytest.approx(0.34)])
     assert staying([group], chances) == {"a": pytest.approx(0.67), "b": pytest.approx(0.67), "c": pytest.approx(0.66)}
     assert math.isclose(sum(staying([group], chances).values()), 2.0, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_blocks_that_are_computed_again_find_their_masks(name: str) -> None:
+    """The same answer and the same gradient of the gates, bit for bit, for fewer bytes that are kept."""
+    denoiser, kwargs, addresses = inputs(name, 2)
+    denoiser.requires_grad_(False)
+    found: dict[bool, tuple[Tensor, list[Tensor], int]] = {}
+    for again in (False, True):
+        gates = Gates([Group(tuple(run), len(run) - 1) for run in _depth.sequences(addresses)], "cpu")
+        gates.draw(2, 100.0, 1.0, torch.Generator().manual_seed(0))
+        with gates.on(denoiser), recomputed(denoiser, again), saved(denoiser.parameters()) as bytes_kept:
+            answer = denoiser(**kwargs, return_dict=False)[0]
+            kept = bytes_kept.held
+            answer.square().sum().backward()
+        found[again] = answer.detach(), [g.grad for g in gates.logits if g.grad is not None], kept
+    (one, whole, all_kept), (other, parts, few_kept) = found[False], found[True]
+    assert torch.equal(one, other) and few_kept < all_kept and whole and any(bool(g.any()) for g in whole)
+    assert len(whole) == len(parts) and all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_a_sample_has_the_same_mask_whatever_is_computed_with_it() -> None:
+    gates = Gates([Group(("a", "b", "c"), 1), Group(("d", "e"), 1)], "cpu")
+    gates.draw(6, 100.0, 1.0, torch.Generator().manual_seed(0))
+    whole = gates.masks
+    for few in (range(2), range(2, 5), range(5, 6)):
+        gates.draw(6, 100.0, 1.0, torch.Generator().manual_seed(0), few)
+        assert all(torch.equal(mask, whole[a][few.start : few.stop]) for a, mask in gates.masks.items())

@@ -29,6 +29,7 @@ class Made:
     """A Lesson: made-up samples whose answers come from the model without some blocks."""
 
     device = "cpu"
+    chunk = 64
 
     def __init__(
         self, denoiser: Any, hidden: Sequence[int], broken: Callable[[int, int], bool] = lambda at, salt: False
@@ -56,6 +57,9 @@ class Made:
         with torch.no_grad(), Whole(self.denoiser), surgery.applied(self.denoiser, self.cuts):
             answer = self.denoiser(**kwargs, return_dict=False)[0]
         return kwargs, answer
+
+    def fitting(self, run: Callable[[], float]) -> float:
+        return run()
 
     def load(self) -> dict[str, Any] | None:
         return self.state
