@@ -3,7 +3,9 @@
 The first one runs the command; the others wait until it comes to something that all must do, and are told what.
 """
 
+import atexit
 import functools
+import gc
 import os
 from datetime import timedelta
 from typing import Any
@@ -49,6 +51,19 @@ def team(device: str) -> "Team":
     return Team(device)
 
 
+def end() -> None:
+    """End the groups of this process while the interpreter is whole: their threads may hold tensors, and abort it otherwise.
+
+    What holds groups (weights that are spread) refers to itself, so that only the collector lets go of it.
+    """
+    from torch import distributed
+
+    team.cache_clear()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    gc.collect()
+
+
 class Team:
     """The processes of a launch. Calls of `tell` in the first meet calls of `hear` in all others."""
 
@@ -64,6 +79,7 @@ class Team:
             from torch import distributed
 
             self._group = distributed.new_group(backend="gloo", timeout=PATIENT)  # words, not tensors on a device
+            atexit.register(end)
 
     def tell(self, words: Any) -> None:
         """From the first process to all others."""

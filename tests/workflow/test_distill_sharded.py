@@ -246,5 +246,4 @@ def measured(made: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     program(*sys.argv[1:])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # else its threads may outlive the interpreter, which then aborts
+    processes.end()
