@@ -27,6 +27,7 @@ LEARNED: dict[str, Any] = {"prune": "masks", "solver_steps": STEPS, "iterations"
 WHAT = {"what": ["heads", "units"]}
 METHODS: dict[str, dict[str, Any]] = {
     "masks": LEARNED,
+    "masks, never settled": {**LEARNED, "settle": 0},
     "masks, step by step": {**LEARNED, "objective": "steps"},
     "magnitude_widths": {"prune": "magnitude_widths"},
     "magnitude_widths, global": {"prune": "magnitude_widths", "scope": "global"},

@@ -34,7 +34,7 @@ def write(path: Path, state: dict[str, Any]) -> None:
 
 
 def read(path: Path, identity: str, *, mapped: bool = False) -> dict[str, Any] | None:
-    """The state at `path`, or None where there is none. UserError for a damaged one, and for another training's.
+    """The state at `path`, or None where there is none. UserError for a damaged one, and for that of another run.
 
     mapped: tensors stay in the file until they are looked at: of several processes each needs its shares alone.
     """
@@ -45,12 +45,12 @@ def read(path: Path, identity: str, *, mapped: bool = False) -> dict[str, Any] |
         found = state["identity"]
     except Exception as e:  # torch's unpickler raises whatever a damaged file makes of it
         raise UserError(
-            f"{path}: not a checkpoint of lissom, or damaged ({type(e).__name__}: {one_line(e)}). Remove it to train from the start."
+            f"{path}: not a checkpoint of lissom, or damaged ({type(e).__name__}: {one_line(e)}). Remove it to begin anew."
         ) from e
     if found != identity:
         raise UserError(
-            f"{path}: is of another training (other model, data, losses or settings). Go on as the run was started, "
-            "choose another --out, or remove the file to train from the start."
+            f"{path}: is of another run (other model, data, losses or settings). Go on as the run was started, "
+            "choose another --out, or remove the file to begin anew."
         )
     return state
 

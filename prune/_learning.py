@@ -87,15 +87,17 @@ class Loop:
         averaged: "Mapping[str, nn.Parameter]",
         config: Settings,
         loss: "Callable[[int, int], Iterator[Tensor]]",
+        pace: Callable[[int], float] = lambda at: 1.0,
     ) -> None:
         """groups: of AdamW, each with its `params` as a mapping of names. averaged: those whose mean is asked for.
 
         loss: (step, salt) -> what the step makes smaller, in parts that are summed, each asked for when the one before is done
-        with its graph. salt: another one, other noise; it changes after a NaN.
+        with its graph. salt: another one, other noise; it changes after a NaN. pace: share of the learning rates in a step.
         """
         import torch
 
-        self.lesson, self.config, self.loss, self.averaged = lesson, config, loss, averaged
+        self.lesson, self.config, self.loss, self.averaged, self.pace = lesson, config, loss, averaged, pace
+        self.rates = [group["lr"] for group in groups]
         self.named = {name: p for group in groups for name, p in group["params"].items()}
         self.optimizer = torch.optim.AdamW([{**g, "params": list(g["params"].values())} for g in groups], weight_decay=0.0)
         self.average = {name: p.detach().clone() for name, p in averaged.items()}
@@ -131,6 +133,8 @@ class Loop:
         norm = float(torch.nn.utils.clip_grad_norm_(self.named.values(), c.clip))
         if not math.isfinite(loss) or not math.isfinite(norm):
             return None
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.pace(self.at)
         self.optimizer.step()
         decay = min(c.ema, (1 + self.at) / (10 + self.at))  # a short search is not averaged with its beginning
         for name, p in self.averaged.items():

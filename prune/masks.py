@@ -5,12 +5,14 @@ on attention heads and feed-forward units (of FLUX also on what its norms are to
 by both halves of guidance; the objective is the distance of the final latents E |F(z, y) - F(z, y, M)|^2 from those of the
 whole model, F the whole sampler, differentiated by checkpointing the denoiser at every timestep. Weights stay as they are.
 
-Notation: logits -> lambda of a gate, delta -> the noise's end, rate -> learning rate; F's steps -> solver_steps.
+Notation: logits -> lambda of a gate, all equal to begin with; delta -> the noise's end, rate -> learning rate; F's steps -> solver_steps.
 
-What differs, and why. The regulariser is the expected cost itself, sum of c_i P(M_i > 0), steered to the user's target by two multipliers
-that are learned against it (Wang, Wohlwend, Lei, arXiv 1910.04732, Sec. 3.2: l1 (s - t) + l2 (s - t)^2, the target t rising over the
-first part): the paper's norm of lambda pulls to gates that are half open, and does not know what a gate costs. No weight decay. Noise
-is drawn once per step of the optimiser: one structure for a whole trajectory, as after pruning, and the same when a call is computed
+What differs, and why. The paper adds a norm of lambda to the loss, which pulls to gates that are half open and does not know what a
+gate costs. Here the expected cost in closed form, sum of c_i P(M_i > 0), is a constraint: in every step all logits are shifted by the one number
+with which it is the user's target (`_hard_concrete.shift`; a budget over all layers that is kept in every step is the idea of
+Zhou et al., arXiv 2105.01571; the shift and its gradient are ours), which rises over the first part (`ramp`). So gates compete: one opens
+where that lowers the distance by more than the same cost does elsewhere, and nothing weighs the cost against the distance. No weight
+decay. Noise is drawn once per step of the optimiser: one structure for a whole trajectory, as after pruning, and the same when a call is computed
 again. In the last part (`settle`) the gates are those that will be cut, 0 or 1, with a straight-through gradient: what is learned
 is what is deployed. What goes is decided over all layers by lambda, negative ones too.
 """
@@ -37,7 +39,7 @@ narrows = True  # cuts widths, not layers
 Scores = Mapping[Width, Sequence[float]]  # of each head, unit or channel group
 What = Literal["heads", "units", "channels", "modulation"]
 BOTH: tuple[What, ...] = ("heads", "units")
-HALF_OPEN = math.log(9)  # logits nearer to zero say 0.1 to 0.9
+HALF_OPEN = math.log(9)  # logits nearer to zero, where a gate without noise is half open, say 0.1 to 0.9
 
 
 class Config(BaseModel):
@@ -54,8 +56,6 @@ class Config(BaseModel):
     batch: int = Field(default=4, ge=1)  # trajectories behind each step
     images: int = Field(default=100, ge=1)  # different trajectories that are learned from, again and again; the paper's 100
     rate: float = Field(default=0.1, gt=0)  # learning rate of the logits; the paper's for SDXL
-    pull: float = Field(default=0.05, gt=0)  # learning rate of the multipliers that hold the target; more drowns the distance
-    start: float = 3.0  # logits to begin with: nearly open
     delta: float = Field(default=1e-8, gt=0)  # end of the noise, at log((1 + delta) / delta); the paper's SDXL: 0.5
     ramp: float = Field(default=0.4, ge=0, lt=1)  # share of the steps over which the target rises from nothing
     settle: float = Field(default=0.25, ge=0, lt=1)  # share of the steps, the last ones, with the gates that will be cut
@@ -89,16 +89,16 @@ def prune(task: Task, config: Config, rng: random.Random) -> Pruned:
     cuts = chosen(task, widths, scores, config)
     values = [value for one in scores.values() for value in one]
     undecided = sum(abs(value) < HALF_OPEN for value in values)
-    warnings = [f"{undecided} of {len(values)} gates are half open: learn for longer, or let the target rise faster"] * (
-        2 * undecided > len(values)
-    )
-    if min(values) > HALF_OPEN:
-        warnings.append("every gate is still open, so that what goes is hardly chosen: learn for longer, or at a higher rate")
+    warnings = list(many_shapes(task, cuts))
+    if 2 * undecided > len(values):
+        warnings.append(f"{undecided} of {len(values)} gates are half open: learn for longer, or let the target rise faster")
+    elif max(values) - min(values) < HALF_OPEN:
+        warnings.append("the gates hardly differ, so that what goes is hardly chosen: learn for longer, or at a higher rate")
     return Pruned(
         cuts=cuts,
         scores={width.address: math.fsum(one) / len(one) for width, one in scores.items()},
         label="mean of the learned logits",
-        warnings=(*warnings, *many_shapes(task, cuts)),
+        warnings=tuple(warnings),
     )
 
 
@@ -107,35 +107,37 @@ def _learned(task: Task, widths: Sequence[Width], config: Config, need: float, s
     import torch
     from torch import nn
 
-    from ._hard_concrete import gate, steered
+    from ._hard_concrete import gate, shift, stretched
     from ._learning import Loop
 
     lesson = task.lesson()
-    logits = {name(w): nn.Parameter(torch.full((len(w.groups),), config.start, device=lesson.device)) for w in widths}
-    pulls = {
-        "l1": nn.Parameter(torch.zeros((), device=lesson.device)),
-        "l2": nn.Parameter(torch.zeros((), device=lesson.device)),
-    }
-    prices = {w: task.saves((_all_but_one(w),)) / max(len(w.groups) - 1, 1) for w in widths}  # of one group
+    logits = {name(w): nn.Parameter(torch.zeros(len(w.groups), device=lesson.device)) for w in widths}
+    prices = [task.saves((_all_but_one(w),)) / max(len(w.groups) - 1, 1) for w in widths]  # of one group
     settled = round(config.iterations * (1 - config.settle))
 
     def loss(at: int, salt: int) -> "Iterator[Tensor]":
         positions = range(at * config.batch, (at + 1) * config.batch)
+        target = need * min(1.0, (at + 1) / max(config.ramp * config.iterations, 1))
+        b = shift(list(logits.values()), prices, target, config.delta)
+        shifted = {w: logits[name(w)] + b for w in widths}
         if at >= settled:
             stay = _stays(task, widths, _by_width(widths, logits), config)
+            soft = {w: stretched(one) for w, one in shifted.items()}
             hard = {w: torch.tensor([float(k in stay[w]) for k in range(len(w.groups))], device=lesson.device) for w in widths}
-            soft = {w: gate(logits[name(w)], None, config.delta) for w in widths}
-            yield lesson.distance(positions, masks({w: hard[w] + (soft[w] - soft[w].detach()) for w in widths}))
-            return
-        drawn = torch.Generator().manual_seed((seed + 7919 * salt + at) % 2**63)
-        noise = {w: torch.rand(len(w.groups), generator=drawn).to(lesson.device) for w in widths}
-        gates = {w: gate(logits[name(w)], noise[w], config.delta) for w in widths}
-        saved = torch.stack([prices[w] * (1 - steered(logits[name(w)], config.delta)).sum() for w in widths]).sum() / need
-        gap = min(1.0, (at + 1) / max(config.ramp * config.iterations, 1)) - saved  # of the target, so far
-        yield lesson.distance(positions, masks(gates)) + pulls["l1"] * gap + pulls["l2"] * gap**2
+            gates = {w: hard[w] + (soft[w] - soft[w].detach()) for w in widths}
+        else:
+            drawn = torch.Generator().manual_seed((seed + 7919 * salt + at) % 2**63)
+            noise = {w: torch.rand(len(w.groups), generator=drawn).to(lesson.device) for w in widths}
+            gates = {w: gate(one, noise[w], config.delta) for w, one in shifted.items()}
+        yield lesson.distance(positions, masks(gates))
 
-    groups = [{"params": logits, "lr": config.rate}, {"params": pulls, "lr": config.pull, "maximize": True}]
-    return Loop(lesson, groups, logits, config, loss).run()
+    def pace(at: int) -> float:
+        """In the last part to nothing, linearly: at the full rate it is worse than no last part (measured)."""
+        return min(1.0, (config.iterations - at) / max(config.iterations - settled, 1))
+
+    found = Loop(lesson, [{"params": logits, "lr": config.rate}], logits, config, loss, pace).run()
+    b = shift(list(found.values()), prices, need, config.delta)
+    return {key: one + b for key, one in found.items()}
 
 
 def masks(gates: "Mapping[Width, Tensor]") -> "dict[str, tuple[str, Tensor]]":

@@ -151,8 +151,7 @@ def _macs(costs: "Costs", layers: dict[str, int], space: "Space", weigh: _Weigh)
 def _saved(costs: "Costs", cut: Cut, gauge: Gauge) -> float | None:
     """MACs that one cut saves, where the layers' own say so. Of an attention that is emptied only its blocks go."""
     if cut.what in narrowing.NARROWS:
-        saved = macs_of(gauge, cut)
-        return None if saved is None else saved * costs.total / gauge.macs
+        return macs_of(gauge, cut) * costs.total / gauge.macs
     if cut.what == "remove":
         return costs.layers.get(cut.address)
     blocks = [macs for a, macs in costs.layers.items() if a.rpartition(".")[0] == f"{cut.address}.transformer_blocks"]

@@ -68,14 +68,14 @@ def _check(stage: PruneStage) -> None:
 
 
 def saves(gauge: Gauge, of: str) -> "Callable[[tuple[Cut, ...]], float]":
-    """What such cuts save of the parameters or MACs. Exact; what a single one saves of the MACs is read off its layer's."""
+    """What such cuts save of the parameters or MACs. Exact; see `macs_of` for what a single one saves."""
 
     def params(cuts: tuple[Cut, ...]) -> float:
         return float(gauge.params_saved(cuts))
 
     def macs(cuts: tuple[Cut, ...]) -> float:
-        if len(cuts) == 1 and (macs := macs_of(gauge, cuts[0])) is not None:
-            return macs
+        if len(cuts) == 1:
+            return macs_of(gauge, cuts[0])
         return float(gauge.macs - gauge.after(cuts)[1])
 
     return macs if of == "macs" else params
@@ -109,17 +109,20 @@ def _keeping(width: "Width", groups: Sequence[Sequence[int]]) -> Cut:
     return Cut.model_validate({"address": width.address, "what": width.what, "value": stay})
 
 
-def macs_of(gauge: Gauge, cut: Cut) -> float | None:
-    """MACs that one narrower layer saves, read off the table; None where they have to be counted."""
+def macs_of(gauge: Gauge, cut: Cut) -> float:
+    """MACs that one narrower layer saves, read off the table, or off one count: all that is computed is, head by head, unit by unit."""
     from ..core import narrowing
+    from ..core.widths import Width, width
 
-    layer, macs = gauge.denoiser.get_submodule(cut.address), gauge.table.layers.get(cut.address)
-    if macs is None or cut.what == "keep_heads" and narrowing.norms_all(layer):
-        return None
     assert isinstance(cut.value, tuple)
-    return macs * (
-        1 - len(cut.value) / narrowing.width(layer, cut.what)[0]
-    )  # all that is computed is, head by head, unit by unit
+    layer, macs = gauge.denoiser.get_submodule(cut.address), gauge.table.layers.get(cut.address)
+    if macs is not None and not (cut.what == "keep_heads" and narrowing.norms_all(layer)):
+        return macs * (1 - len(cut.value) / narrowing.width(layer, cut.what)[0])
+    found = Width(cut.address, cut.what, *width(gauge.denoiser, cut.address, cut.what))
+    if not cut.value or len(found.groups) == 1:
+        return float(gauge.macs - gauge.after((cut,))[1])
+    most = float(gauge.macs - gauge.after((_keeping(found, found.groups[:1]),))[1])
+    return most * (found.count - len(cut.value)) / (found.count - found.granule)
 
 
 def _within(address: str, other: str) -> bool:

@@ -1,6 +1,7 @@
 """`lissom prune masks` and `tinyfusion`: bad input in one sentence; learning that fails keeps its last good state."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ REFUSED: list[Case] = [
     ("tinyfusion", "dit", (), {"structure": "1:2", "temperature": "[0,0]"}, "temperature"),
     ("tinyfusion", "dit", (), {"structure": "1:2", "temperature": "[4,-1]"}, "temperature"),
     ("tinyfusion", "dit", (), {"structure": "1:2", "scale": "inf"}, "scale: input should be a finite"),
-    ("masks", "sd", (), {"start": "nan"}, "start: input should be a finite number"),
+    ("masks", "sd", (), {"ema": "nan"}, "ema: input should be a finite number"),
     ("masks", "sd", (), {"rate": "inf"}, "rate: input should be a finite number"),
     ("masks", "pndm", (), {"solver_steps": "2"}, "cannot follow a plan with PNDMScheduler"),
 ]  # fmt: skip
@@ -185,26 +186,25 @@ def test_an_update_that_explodes_leaves_the_model_and_the_last_good_state(
 
 
 def closing(self: Trajectories, positions: Sequence[int], given: Any) -> torch.Tensor:
-    """A distance that every open gate makes larger."""
+    """A distance that every open gate makes larger: without a target all of them would close."""
     return 1e3 * torch.stack([factors.sum() for _, factors in given.values()]).sum()
 
 
-def test_gates_that_all_close_end_in_a_model_of_the_size_that_was_asked_for(
-    here: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gates_cannot_collapse_whatever_the_distance_pulls_to(here: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trajectories, "distance", closing)
     ended = lissom(*words(home, "masks", "sd", "--keep", "0.95", iterations=30, rate=1.0), "--out", "run")
     gates = load_file(here / "run" / "gates.safetensors")
-    assert all(float(values.max()) < 0 for values in gates.values())
+    assert any(float(values.max()) > 0 for values in gates.values())
     assert ended.exit_code == 0, ended.output
     report = json.loads((here / "run" / "report.json").read_text())
     assert report["cuts"] and 0.9 * report["before"]["params"] < report["after"]["params"] <= 0.95 * report["before"]["params"]
 
 
-@pytest.mark.parametrize("start", ["0.5", "0"])
-def test_gates_that_stay_half_open_are_warned_of_and_kept(start: str, here: Path, home: Path) -> None:
-    ended = lissom(*words(home, "masks", "sd", start=start, rate="1e-9"), "--out", "run")
+@pytest.mark.parametrize("keep", ["0.97", "0.95"])
+def test_gates_that_stay_half_open_are_warned_of_and_kept(keep: str, here: Path, home: Path) -> None:
+    ended = lissom(*words(home, "masks", "sd", "--keep", keep, rate="1e-9"), "--out", "run")
     assert "gates are half open: learn for longer" in ended.stderr
     gates = load_file(here / "run" / "gates.safetensors")
-    assert gates and all(values.tolist() == pytest.approx([float(start)] * len(values), abs=1e-3) for values in gates.values())
+    every = torch.cat(list(gates.values()))
+    assert float(every.max() - every.min()) < 1e-3 and float(every.abs().max()) < math.log(9)
     assert ended.exit_code == 0, ended.output

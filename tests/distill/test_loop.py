@@ -156,7 +156,7 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     killed_at(trainer(tmp_path), 3)
     other = trainer(tmp_path)
     other.identity = "other"
-    with pytest.raises(UserError, match=r"checkpoint.pt: is of another training"):
+    with pytest.raises(UserError, match=r"checkpoint.pt: is of another run"):
         other.run()
     (tmp_path / "checkpoint.pt").write_bytes(b"\x80\x04junk")
     with pytest.raises(UserError, match="not a checkpoint of lissom, or damaged"):

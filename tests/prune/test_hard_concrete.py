@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from lissom.prune._hard_concrete import ALPHA, GAMMA, ZERO, ZETA, alive, gate
+from lissom.prune._hard_concrete import ALPHA, GAMMA, ZERO, ZETA, alive, gate, shift, stretched
 from torch import Tensor
 
 DELTAS = (1e-8, 0.1, 0.5, 1.0)
@@ -99,3 +99,62 @@ def test_the_expected_number_of_open_gates_is_a_number_however_far_they_are_shut
     found = alive(logits, 1e-8)
     found.sum().backward()
     assert found.tolist() == [0.0, 0.0, 1.0, 1.0] and logits.grad is not None and bool(logits.grad.isfinite().all())
+
+
+def priced(logits: list[Tensor], prices: list[float], delta: float) -> float:
+    """What gates are expected to save."""
+    return sum(price * float((1 - alive(one.double(), delta)).sum()) for one, price in zip(logits, prices, strict=True))
+
+
+@pytest.mark.parametrize("delta", DELTAS)
+@pytest.mark.parametrize("share", [0.001, 0.2, 0.5, 0.9, 0.999])
+def test_shifted_gates_save_the_target(delta: float, share: float) -> None:
+    """Whatever they were, all alike too, and however far."""
+    drawn = torch.Generator().manual_seed(0)
+    prices = [30.0, 4.0]
+    for spread, start in ((1.0, 0.0), (5.0, -3.0), (0.0, 3.0), (0.0, -100.0), (30.0, 50.0)):
+        logits = [start + spread * torch.randn(n, generator=drawn, dtype=torch.float64) for n in (4, 200)]
+        target = share * (4 * 30.0 + 200 * 4.0)
+        b = shift(logits, prices, target, delta)
+        assert priced([one + b for one in logits], prices, delta) == pytest.approx(target, rel=1e-3)
+
+
+def test_the_shift_has_the_gradient_of_the_solution() -> None:
+    """By finite differences, where the noise has no end; with one gate more open the others shut by as much as it costs."""
+    logits = [torch.linspace(-4, 1, 6, dtype=torch.float64), torch.linspace(-3, 3, 9, dtype=torch.float64)]
+    prices, target, step = [30.0, 4.0], 100.0, 1e-4
+    leaves = [one.clone().requires_grad_() for one in logits]
+    b = shift(leaves, prices, target, 0.0)
+    assert b.item() == pytest.approx(float(shift(logits, prices, target, 0.0)))
+    b.backward()
+    for k, one in enumerate(logits):
+        for i in range(len(one)):
+            ends = []
+            for sign in (1, -1):
+                moved = [x.clone() for x in logits]
+                moved[k][i] += sign * step
+                ends.append(float(shift(moved, prices, target, 0.0)))
+            grad = leaves[k].grad
+            assert grad is not None and float(grad[i]) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-2)
+    assert sum(float(one.grad.sum()) for one in leaves if one.grad is not None) == pytest.approx(-1.0)
+    leaves = [one.clone().requires_grad_() for one in logits]
+    shifted = [one + shift(leaves, prices, target, 0.0) for one in leaves]
+    total = sum(price * alive(one, 0.0).sum() for one, price in zip(shifted, prices, strict=True))
+    assert isinstance(total, Tensor)
+    total.backward()  # the cost itself cannot be moved
+    assert all(one.grad is not None and bool((one.grad.abs() < 1e-9).all()) for one in leaves)
+
+
+@pytest.mark.parametrize("delta", [0.5, 1.0])
+def test_gates_beyond_the_end_of_the_noise_pay_too(delta: float) -> None:
+    """They are surely open or shut, and still what is shifted moves by them."""
+    leaves = [torch.tensor([-9.0, -2.0, 5.0]).requires_grad_()]
+    shift(leaves, [1.0], 1.5, delta).backward()
+    assert leaves[0].grad is not None and bool((leaves[0].grad < 0).all())
+
+
+def test_before_it_is_clipped_a_gate_has_a_gradient_everywhere() -> None:
+    logits = torch.linspace(-8, 8, 33).requires_grad_()
+    torch.testing.assert_close(stretched(logits).clamp(0, 1), gate(logits, None, 1e-8))
+    (found,) = torch.autograd.grad(stretched(logits).sum(), logits)
+    assert bool((found > 0).all()) and float(stretched(logits)[0].detach()) < 0 and float(stretched(logits)[-1].detach()) > 1

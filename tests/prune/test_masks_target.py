@@ -11,7 +11,7 @@ import torch
 from lissom.core.candidate import Cut
 from lissom.core.errors import UserError
 from lissom.core.widths import Width
-from lissom.prune import masks
+from lissom.prune import _hard_concrete, masks
 from lissom.prune._hard_concrete import alive
 from lissom.prune._task import Pruned, Task
 from lissom.tests.prune import given
@@ -115,20 +115,35 @@ def test_more_than_eight_widths_in_a_class_are_warned_of_and_eight_are_not() -> 
     assert task.saves(few.cuts) >= task.need * (1 - 1e-9)
 
 
-def test_gates_that_all_begin_shut_are_opened_to_the_target_again() -> None:
-    """The pull to the target has two sides: less than it needs to is not closed, and what is cut is what it asks for."""
-    lesson = Made(WORTH)
-    found = learned(lesson, need=84.0, iterations=200, start=-4.0, settle=0.0)
-    gates = torch.cat(list(lesson.kept.values()))
-    assert 0 < int((gates > -2).sum()) and 0 <= saves(found.cuts) - 84.0 < 30.0
+def test_what_is_closed_rises_with_the_target_and_never_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the first part a share of it, then all of it, in the last part too."""
+    asked, real = list[float](), _hard_concrete.shift
+
+    def watched(logits: Any, prices: Any, target: float, delta: float) -> torch.Tensor:
+        asked.append(target)
+        return real(logits, prices, target, delta)
+
+    monkeypatch.setattr(_hard_concrete, "shift", watched)
+    learned(Made(WORTH), need=84.0, iterations=20, ramp=0.5, settle=0.25)
+    assert asked == pytest.approx([8.4 * (k + 1) for k in range(10)] + [84.0] * 11)
 
 
-@pytest.mark.parametrize("start", [0.0, -1.0])
-def test_gates_that_are_all_half_open_are_cut_to_the_target_with_a_warning(start: float) -> None:
+def test_gates_that_cost_alike_compete_by_what_they_are_worth() -> None:
+    """Every unit is worth something, and still the target's share of them closes: those that are worth least."""
+    lesson = Made({"ff": [1.0 + i for i in range(12)]})
+    width = Width("ff", "keep_units", 12, 1)
+    found = learned(lesson, need=24.0, iterations=200, widths=(width,), rate=0.05, delta=0.5)
+    (cut,) = found.cuts
+    gates = lesson.kept["ff keep_units"]
+    assert set(cut.value) >= set(range(8, 12)) and gates[-4:].min() > 0 > gates[:4].max()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("need", [30.0, 84.0])
+def test_gates_that_are_all_half_open_are_cut_to_the_target_with_a_warning(need: float) -> None:
     lesson = Made({address: [0.0] * len(values) for address, values in WORTH.items()})
-    found = learned(lesson, need=84.0, iterations=1, rate=1e-3, start=start)
+    found = learned(lesson, need=need, iterations=1, rate=1e-3)
     assert "16 of 16 gates are half open: learn for longer" in found.warnings[0]
-    assert 0 <= saves(found.cuts) - 84.0 < 30.0 and lesson.kept.keys() == {"attn keep_heads", "ff keep_units"}
+    assert 0 <= saves(found.cuts) - need < 30.0 and lesson.kept.keys() == {"attn keep_heads", "ff keep_units"}
 
 
 @pytest.mark.parametrize(("step", "at"), [(1, 0), (5, 4)])
@@ -152,7 +167,7 @@ def test_after_a_nan_the_state_is_the_last_good_one(step: int, at: int, monkeypa
 
 
 def test_a_nan_takes_back_all_that_was_not_saved_yet() -> None:
-    """Within the minute between two saves: to the beginning, with other noise; gates, multipliers and trajectories."""
+    """Within the minute between two saves: to the beginning, with other noise; gates and trajectories."""
     lesson = Made(WORTH, broken=lambda call: call in (5, 6))
     with pytest.raises(UserError, match="NaN or infinite in step 1, for the second time"):
         learned(lesson, iterations=10)
@@ -160,7 +175,7 @@ def test_a_nan_takes_back_all_that_was_not_saved_yet() -> None:
     assert (lesson.state["at"], lesson.state["salt"], lesson.state["restarts"]) == (0, 1, 1)
     for which in ("named", "average"):
         for name, one in lesson.state[which].items():
-            assert one.unique().tolist() == [0.0 if name in ("l1", "l2") else 3.0], name
+            assert not one.any(), name
     once = Made(WORTH, broken=lambda call: call == 5)
     assert learned(once, iterations=10).cuts and once.asked[4:6] == [[8, 9], [0, 1]] and len(once.asked) == 15
     first, second = once.seen[0], once.seen[5]
@@ -190,10 +205,12 @@ def test_gates_come_to_the_target_at_the_published_ends_of_the_noise(delta: floa
     learned(lesson, need=84.0, iterations=150, settle=0.0, delta=delta)
     kinds = (("attn keep_heads", "keep_heads"), ("ff keep_units", "keep_units"))
     shut = sum(PRICE[what] * float((1 - alive(lesson.kept[name], delta)).sum()) for name, what in kinds)
-    assert shut == pytest.approx(84.0, rel=0.35)
+    assert shut == pytest.approx(84.0, rel=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{"start": 30.0}, {"rate": 1e-6}], ids=str)
-def test_gates_that_never_moved_are_warned_of(settings: dict[str, Any]) -> None:
-    """Not half open, but wide: as far from the target as at the beginning."""
-    assert learned(Made(WORTH), need=84.0, iterations=20, settle=0.0, **settings).warnings
+@pytest.mark.parametrize("need", [0.5, 134.0])
+def test_gates_that_never_moved_are_warned_of(need: float) -> None:
+    """Not half open, but all wide or all shut, as the target has it."""
+    (said,) = learned(Made(WORTH), need=need, iterations=20, settle=0.0, rate=1e-6).warnings
+    assert said.startswith("the gates hardly differ, so that what goes is hardly chosen")
+    assert not learned(Made(WORTH), need=84.0, iterations=80, rate=0.3).warnings
