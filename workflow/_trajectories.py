@@ -24,7 +24,7 @@ CHECKED = 64  # trajectories at most that a choice of cuts is measured on
 class Trajectories(Book):
     """The pipeline's own loop along its own schedule, from the same seeds and conditions with masks and without."""
 
-    what = "E |z(pruned) - z|^2 of the final latents that were learned from, as a share of their variance"
+    what = "E |z(pruned) - z|^2 of the final latents of seeds that were not learned from, as a share of their variance"
 
     def __init__(self, stage: PruneStage, subject: Subject, config: Any, folder: Path, identity: str) -> None:
         """config: the method's, with `images`, `solver_steps`, `batch`, `by_block`. UserError where no plan can be followed."""
@@ -108,18 +108,19 @@ class Trajectories(Book):
     @property
     def variance(self) -> float:
         """Of the whole model's latents, over images and all else."""
-        return max(float(self.whole.var()), 1e-12)
+        return _variance(self.whole)
 
     def __call__(self, options: Sequence[tuple[Cut, ...]]) -> list[float]:
-        """How far the final latents move with each choice of cuts."""
+        """How far the final latents of other seeds move with each choice of cuts."""
         from ..core import surgery
 
-        whole, found = self.whole, list[float]()
-        few = self.seeds.model_copy(update={"count": min(CHECKED, self.seeds.count)})
+        count = self.seeds.count
+        others = self.seeds.model_copy(update={"start": count, "count": min(CHECKED, count)})
+        whole, found = self._sampled(others), list[float]()
         for cuts in options:
             with surgery.applied(self.denoiser, cuts):
-                gap = self._sampled(few) - whole[: few.count]
-            found.append(float(gap.square().mean()) / self.variance)
+                gap = self._sampled(others) - whole
+            found.append(float(gap.square().mean()) / _variance(whole))
         return found
 
     def facts(self) -> dict[str, object]:
@@ -173,6 +174,10 @@ def _own(subject: Subject, steps: int) -> SamplingPlan:
             f"{type(scheduler).__name__}: has no schedule that a plan could follow. Use --scheduler of another kind."
         )
     return found[name]
+
+
+def _variance(latents: "Tensor") -> float:
+    return max(float(latents.var()), 1e-12)
 
 
 def _runs(images: Sequence[int], most: int) -> list[range]:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from lissom.core import export, masking
+from lissom.core import export, masking, surgery
+from lissom.core.candidate import Cut
 from lissom.core.errors import UserError
 from lissom.core.recipe import parse
 from lissom.core.stages import PruneStage
@@ -129,6 +130,27 @@ def test_single_steps_are_compared_on_what_the_whole_model_comes_to(model: Path,
     assert len(gaps) == 3
     factors.requires_grad_()
     assert found.distance([0], {place: ("keep_heads", factors)}).item() == pytest.approx(float(sum(gaps)) / 3, rel=1e-4)
+
+
+def test_what_is_reported_is_of_seeds_that_were_not_learned_from(model: Path, tmp_path: Path) -> None:
+    context = Context(parse(text(model), "r"), tmp_path, Options(device="cpu"), small.Watched())
+    subject = Subject.load(str(model / "sd"), context)
+    stage = context.recipe.stages[0]
+    assert isinstance(stage, PruneStage)
+    found = Trajectories(stage, subject, masks.Config(images=3, solver_steps=2), tmp_path, "same")
+    cut = Cut(address="down_blocks.0.attentions.0.transformer_blocks.0.ff", what="keep_units", value=(0,))
+    subject.sampler.memo = None  # it knows nothing of cuts
+    sampled = {}
+    for cuts in ((), (cut,)):
+        with surgery.applied(subject.model.denoiser, cuts):
+            seeds = found.seeds.model_copy(update={"start": 3})
+            (batch,) = subject.sampler.images(found.plan, seeds, output="latents")
+            assert batch.latents is not None
+            sampled[cuts] = batch.latents
+    assert not set(seeds.values()) & set(found.seeds.values())
+    want = float((sampled[(cut,)] - sampled[()]).square().mean() / sampled[()].var())
+    assert found([(), (cut,)]) == pytest.approx([0.0, want], rel=1e-3) and want > 1e-8
+    assert not (tmp_path / "whole-latents.safetensors").exists()  # gates of an earlier run need no more than this
 
 
 @pytest.mark.parametrize(
