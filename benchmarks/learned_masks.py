@@ -35,6 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "diff_pruning, global": {"prune": "diff_pruning", "scope": "global"},
     "random_widths": {"prune": "random_widths"},
 }
+BESIDE = ("masks, step by step", "masks, never settled", "magnitude_widths, global", "diff_pruning, global")
 METRICS = ("fid", "clip_score", "accuracy")
 
 
@@ -101,13 +102,16 @@ def _table(found: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
         after = [_results.mean(_results.values(runs, "after", metric)) for metric in METRICS]
         seconds = f"{statistics.fmean(one['seconds'] for one in runs):.3g}"
         rows.append([f"{share} %", method, *sizes, after[0], ratio, *after[1:], seconds])
-    beside = "; ".join(f"{share} %: {_beside(found, share)}" for share in SHARES)
-    return f"{_results.table(head, rows)}\n\nMasks by final latents / step by step, FD paired by seed: {beside}."
+    beside = "".join(f"\n- FD(masks) / FD({other}), paired by seed: {_beside(found, other)}" for other in BESIDE)
+    return f"{_results.table(head, rows)}\n{beside}"
 
 
-def _beside(found: dict[tuple[str, str], list[dict[str, Any]]], share: str) -> str:
-    pairs = [_results.values(found[share, name], "after", "fid") for name in ("masks", "masks, step by step")]
-    return _results.mean([math.log(a / b) for a, b in zip(*pairs, strict=True)], math.exp)
+def _beside(found: dict[tuple[str, str], list[dict[str, Any]]], other: str) -> str:
+    ratios = []
+    for share in SHARES:
+        pairs = [_results.values(found[share, name], "after", "fid") for name in ("masks", other)]
+        ratios.append(f"{share} %: {_results.mean([math.log(a / b) for a, b in zip(*pairs, strict=True)], math.exp)}")
+    return ", ".join(ratios)
 
 
 if __name__ == "__main__":

@@ -49,8 +49,10 @@ class Config(BaseModel):
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.02852"
 
     what: tuple[What, ...] = Field(default=BOTH, min_length=1)  # of attentions, feed-forwards, norms (FLUX); ours: of ResNets
-    # Distance of the final latents; or of every answer by itself, on what the whole model came to: the paper's ablation.
-    objective: Literal["final", "steps"] = "final"  # of what the distance is taken; steps: of single answers, which is worse
+    # Distance of the final latents; or of every answer by itself, on what the whole model came to.
+    objective: Literal["final", "steps"] = (
+        "final"  # of what the distance is taken; steps: of single answers, the paper's ablation
+    )
     solver_steps: int | None = Field(default=10, ge=1)  # steps of the trajectories; the paper has 50, SDXL's and FLUX-dev's own
     iterations: int = Field(default=100, ge=1)  # steps of the optimiser; the paper: 100 of 4 trajectories
     batch: int = Field(default=4, ge=1)  # trajectories behind each step
@@ -132,7 +134,7 @@ def _learned(task: Task, widths: Sequence[Width], config: Config, need: float, s
         yield lesson.distance(positions, masks(gates))
 
     def pace(at: int) -> float:
-        """In the last part to nothing, linearly: at the full rate it is worse than no last part (measured)."""
+        """In the last part to nothing, linearly: at the full rate the last few steps would have the last word."""
         return min(1.0, (config.iterations - at) / max(config.iterations - settled, 1))
 
     found = Loop(lesson, [{"params": logits, "lr": config.rate}], logits, config, loss, pace).run()
