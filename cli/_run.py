@@ -42,7 +42,10 @@ def execute(
 
     recipe = parse(text, where)
     if processes.rank():  # of several that train together the first says what there is to say
-        return None if dry_run else follow(Context(recipe, base, machine))
+        if not dry_run:
+            follow(Context(recipe, base, machine))
+            processes.end()
+        return
     with watch(quiet) as progress:
         context = Context(recipe, base, machine, progress)
         if dry_run:
@@ -51,6 +54,8 @@ def execute(
             return
         result = run(recipe, text, folder, context, resume=resume, single=single)
         verdict = judge(recipe, result, folder, context) if recipe.gates else None
+    if processes.count() > 1:
+        processes.end()
     last = Path(result.ref)
     if as_json:
         print((last / "report.json").read_text(encoding="utf-8"), end="")

@@ -3,7 +3,6 @@
 The first one runs the command; the others wait until it comes to something that all must do, and are told what.
 """
 
-import atexit
 import functools
 import gc
 import os
@@ -54,7 +53,8 @@ def team(device: str) -> "Team":
 def end() -> None:
     """End the groups of this process while the interpreter is whole: their threads may hold tensors, and abort it otherwise.
 
-    What holds groups (weights that are spread) refers to itself, so that only the collector lets go of it.
+    What holds groups (weights that are spread) refers to itself, so that only the collector lets go of it. Only for a process that
+    has done its work: after an error in one, the groups of a graphics card would wait for the others, and these for the launcher.
     """
     from torch import distributed
 
@@ -79,7 +79,6 @@ class Team:
             from torch import distributed
 
             self._group = distributed.new_group(backend="gloo", timeout=PATIENT)  # words, not tensors on a device
-            atexit.register(end)
 
     def tell(self, words: Any) -> None:
         """From the first process to all others."""

@@ -13,13 +13,14 @@ from torch import Tensor
 
 ALPHA, GAMMA, ZETA = 0.83, -0.1, 1.1  # the temperature and the stretch of arXiv 2412.02852's published settings
 FAR = 40.0  # a gate so far from zero is surely shut or open
+HALVINGS = 64  # of an interval: what is left is nothing beside its ends
 ZERO = ALPHA * math.log(-GAMMA / ZETA)  # lambda at which the gate without noise reaches zero: -1.990
 
 
 def gate(logits: Tensor, noise: Tensor | None, delta: float) -> Tensor:
     """M of lambda. logits: any shape. noise: u of that shape; None for the gate without noise (u = 1/2)."""
-    shift = torch.zeros_like(logits) if noise is None else torch.log(noise + delta) - torch.log(1 - noise + delta)
-    return stretched(shift + logits).clamp(0.0, 1.0)
+    drawn = torch.zeros_like(logits) if noise is None else torch.log(noise + delta) - torch.log(1 - noise + delta)
+    return stretched(drawn + logits).clamp(0.0, 1.0)
 
 
 def stretched(logits: Tensor) -> Tensor:
@@ -44,10 +45,10 @@ def shift(logits: Sequence[Tensor], prices: Sequence[float], target: float, delt
     of gates beyond it would never move them.
     """
     every = torch.cat(list(logits))
-    values = every.detach().double().cpu()
-    costs = torch.cat([torch.full((len(one),), price) for one, price in zip(logits, prices, strict=True)]).double()
+    values = every.detach().cpu().double()  # on the CPU: not every device has it
+    costs = torch.cat([torch.full((len(one),), price, dtype=torch.float64) for one, price in zip(logits, prices, strict=True)])
     low, high = -float(values.max()) - FAR, FAR - float(values.min())  # all shut, all open
-    while high - low > 1e-9:
+    for _ in range(HALVINGS):
         b = (low + high) / 2
         low, high = (b, high) if float(costs @ (1 - alive(values + b, delta))) > target else (low, b)
     p = torch.sigmoid(values + high - ZERO)

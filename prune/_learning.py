@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.errors import UserError
@@ -22,9 +22,11 @@ class Lesson(Protocol):
     device: Any
     folder: Any
     chunk: int  # samples that are computed at once
+    by_block: bool  # whether the backward pass computes blocks again
 
-    def fitting(self, run: "Callable[[], float]") -> float:
-        """What `run` comes to; where memory runs out, it is run again with `chunk` halved. UserError where one is too much."""
+    def fitting(self, run: Callable[[], float]) -> float:
+        """What `run` comes to; where memory runs out, it is run again with `chunk` halved, at last `by_block`. UserError where that
+        is too much still."""
 
     def samples(self, positions: Sequence[int], salt: int) -> "tuple[dict[str, Any], Tensor]":
         """Keyword arguments of the denoiser's forward, and what it should answer, (B, C, …). salt: another one, other noise.
@@ -86,7 +88,7 @@ class Loop:
         groups: "Sequence[dict[str, Any]]",
         averaged: "Mapping[str, nn.Parameter]",
         config: Settings,
-        loss: "Callable[[int, int], Iterator[Tensor]]",
+        loss: "Callable[[int, int], Generator[Tensor, None, None]]",
         pace: Callable[[int], float] = lambda at: 1.0,
     ) -> None:
         """groups: of AdamW, each with its `params` as a mapping of names. averaged: those whose mean is asked for.
@@ -148,8 +150,8 @@ class Loop:
 
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        with torch.enable_grad():
-            for part in self.loss(self.at, self.salt):
+        with torch.enable_grad(), closing(self.loss(self.at, self.salt)) as parts:  # closed too where memory runs out
+            for part in parts:
                 part.backward()
                 total += part.item()
         return total
@@ -159,6 +161,7 @@ class Loop:
             "at": self.at,
             "salt": self.salt,
             "restarts": self.restarts,
+            "chunk": self.lesson.chunk,
             "named": {name: p.detach() for name, p in self.named.items()},
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
@@ -177,6 +180,7 @@ class Loop:
         self.average = {name: value.to(self.averaged[name]) for name, value in state["average"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
         self.at, self.salt, self.restarts = state["at"], state["salt"], state["restarts"]
+        self.lesson.chunk = min(self.lesson.chunk, state["chunk"])  # what fitted, to the last bit
 
     def _back(self) -> None:
         """Return to the last save once, with other noise; the second time is the end."""

@@ -19,7 +19,7 @@ is what is deployed. What goes is decided over all layers by lambda, negative on
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -39,7 +39,7 @@ narrows = True  # cuts widths, not layers
 Scores = Mapping[Width, Sequence[float]]  # of each head, unit or channel group
 What = Literal["heads", "units", "channels", "modulation"]
 BOTH: tuple[What, ...] = ("heads", "units")
-HALF_OPEN = math.log(9)  # logits nearer to zero, where a gate without noise is half open, say 0.1 to 0.9
+HALF_OPEN = 1.34  # logits nearer to zero are gates of 0.1 to 0.9 without noise: ALPHA log 5
 
 
 class Config(BaseModel):
@@ -50,9 +50,7 @@ class Config(BaseModel):
 
     what: tuple[What, ...] = Field(default=BOTH, min_length=1)  # of attentions, feed-forwards, norms (FLUX); ours: of ResNets
     # Distance of the final latents; or of every answer by itself, on what the whole model came to.
-    objective: Literal["final", "steps"] = (
-        "final"  # of what the distance is taken; steps: of single answers, the paper's ablation
-    )
+    objective: Literal["final", "steps"] = "final"  # of what the distance is taken; steps: the paper's ablation
     solver_steps: int | None = Field(default=10, ge=1)  # steps of the trajectories; the paper has 50, SDXL's and FLUX-dev's own
     iterations: int = Field(default=100, ge=1)  # steps of the optimiser; the paper: 100 of 4 trajectories
     batch: int = Field(default=4, ge=1)  # trajectories behind each step
@@ -117,7 +115,7 @@ def _learned(task: Task, widths: Sequence[Width], config: Config, need: float, s
     prices = [task.saves((_all_but_one(w),)) / max(len(w.groups) - 1, 1) for w in widths]  # of one group
     settled = round(config.iterations * (1 - config.settle))
 
-    def loss(at: int, salt: int) -> "Iterator[Tensor]":
+    def loss(at: int, salt: int) -> "Generator[Tensor, None, None]":
         positions = range(at * config.batch, (at + 1) * config.batch)
         target = need * min(1.0, (at + 1) / max(config.ramp * config.iterations, 1))
         b = shift(list(logits.values()), prices, target, config.delta)

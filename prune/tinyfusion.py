@@ -16,8 +16,7 @@ likeliest choice, and that a target may say how many blocks go.
 """
 
 import random
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
@@ -74,18 +73,18 @@ def prune(task: Task, config: Config, rng: random.Random) -> Pruned:
     seed = rng.getrandbits(62)
     first, last = config.temperature
 
-    def loss(at: int, salt: int) -> "Iterator[Tensor]":
+    def loss(at: int, salt: int) -> "Generator[Tensor, None, None]":
         temperature = first + (last - first) * at / max(config.iterations - 1, 1)
         for few in split(range(config.batch), lesson.chunk):
             kwargs, target = lesson.samples([at * config.batch + n for n in few], salt)
             noise = torch.Generator().manual_seed((seed + 7919 * salt + at) % 2**63) if config.noise else None
             gates.draw(config.batch, config.scale, temperature, noise, few)
-            answer = denoiser(**kwargs, return_dict=False)[0].float()[:, : target.shape[1]]
-            yield torch.nn.functional.mse_loss(answer, target.to(answer)) * (len(few) / config.batch)
+            with recomputed(denoiser, lesson.by_block):  # until the backward pass is done
+                answer = denoiser(**kwargs, return_dict=False)[0].float()[:, : target.shape[1]]
+                yield torch.nn.functional.mse_loss(answer, target.to(answer)) * (len(few) / config.batch)
 
     logits = {f"group {k}": g for k, g in enumerate(gates.logits)}
-    again = recomputed(denoiser) if config.by_block else nullcontext()
-    with updated(denoiser, config.update, config.rank, seed) as weights, gates.on(denoiser), again:
+    with updated(denoiser, config.update, config.rank, seed) as weights, gates.on(denoiser):
         rates = [{"params": logits, "lr": config.gate_rate}]
         rates += [{"params": weights, "lr": config.update_rate}] if weights else []
         average = Loop(lesson, rates, logits, config, loss).run()

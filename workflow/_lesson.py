@@ -43,8 +43,12 @@ class Book:
         self.stage, self.subject, self.config, self.folder, self.identity = stage, subject, config, folder, identity
         self.denoiser: Any = uncompiled(subject.model.denoiser)
         self.device = next(self.denoiser.parameters()).device
-        if getattr(config, "by_block", False) and not can_recompute(self.denoiser):
+        self.by_block: bool = getattr(config, "by_block", False) and getattr(config, "gates", None) is None
+        can = can_recompute(self.denoiser)
+        if self.by_block and not can:
             raise UserError(f"by_block: diffusers cannot compute blocks of {type(self.denoiser).__name__} again. Leave it out.")
+        # Where memory runs out with a single sample, blocks are computed again even if nobody asked for it.
+        self._spare = can and hasattr(config, "by_block") and getattr(config, "objective", "final") != "steps"
         self.chunk = min(options.chunk, config.batch)  # samples that are computed at once
         self._began, self._seconds, self._steps = 0.0, 0.0, 0
 
@@ -56,19 +60,19 @@ class Book:
             except RuntimeError as e:
                 if not memory.ran_out(e):
                     raise
-            self._halve()  # only after the frame whose traceback holds the tensors is gone
+            self._less()  # only after the frame whose traceback holds the tensors is gone
 
-    def _halve(self) -> None:
-        if self.chunk == 1:
-            less = (
-                ""
-                if getattr(self.config, "by_block", True)
-                else " Set by_block=true: blocks are then computed again one by one."
-            )
-            raise UserError(f"{self.device}: out of memory with a single sample to learn from.{less} Or take a larger device.")
-        self.chunk //= 2
+    def _less(self) -> None:
+        """Ask for less memory from now on, in ways that change no result but by rounding."""
+        if self.chunk > 1:
+            self.chunk //= 2
+            how = f"in parts of {self.chunk}"
+        elif self._spare and not self.by_block:
+            self.by_block, how = True, "with blocks computed again in the backward pass"
+        else:
+            raise UserError(f"{self.device}: out of memory with a single sample to learn from. Take a device with more of it.")
         memory.give_back()
-        self.subject.context.progress.say(f"{self.device}: out of memory; going on with {self.chunk} samples at once")
+        self.subject.context.progress.warn(f"{self.device}: out of memory; learning goes on {how}")
 
     def load(self) -> dict[str, Any] | None:
         from ..distill import _checkpoint

@@ -76,7 +76,7 @@ class Trajectories(Book):
 
         whole, variance = self.whole, self.variance  # sampled, the first time, before there are masks
         with masking.masked(self.denoiser, masks):
-            last = differentiable(self.subject.model.pipe, self.plan, arguments, by_block=self.config.by_block)
+            last = differentiable(self.subject.model.pipe, self.plan, arguments, by_block=self.by_block)
             gap = last[: len(run)].float() - whole[run.start : run.stop].to(last.device)
             part = gap.square().flatten(1).mean(1).sum() / (images * variance)
             part.backward()
@@ -96,8 +96,9 @@ class Trajectories(Book):
             whole = following(call)
             if call.module is self.denoiser:
                 with masking.masked(self.denoiser, masks), torch.enable_grad():
-                    gap = (following(call)[0] - whole[0]).float().square().mean() / whole[0].float().var().clamp(min=1e-12)
-                    part = gap * len(run) / (images * len(self.plan.steps))
+                    gap = (following(call)[0] - whole[0]).float().square().flatten(1).mean(1)
+                    gap = gap / whole[0].float().flatten(1).var(1).clamp(min=1e-12)  # of each answer: whatever is asked with it
+                    part = gap.mean() * len(run) / (images * len(self.plan.steps))
                     part.backward()
                 value += part.item()
             return whole

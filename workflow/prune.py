@@ -118,8 +118,13 @@ def losses_of(
         return Gradients(stage, subject, [width.address for width in job.widths], steps, folder, identity)
     if job.module.calibrated in ("learned", "trajectories"):
         kind = Lessons if job.module.calibrated == "learned" else Trajectories
-        settings = [stage.method, job.config.model_dump(mode="json"), [layer.address for layer in job.layers], job.need]
-        identity = losses_identity(stage.model_copy(update={"data": None}), subject, settings)
+        settings = [
+            stage.method,
+            job.config.model_dump(mode="json", exclude={"by_block"}),
+            [layer.address for layer in job.layers],
+        ]
+        # What only memory depends on is left out: a run that was killed for lack of it goes on with less.
+        identity = losses_identity(stage.model_copy(update={"data": None}), subject, [*settings, job.need], chunked=False)
         return kind(stage, subject, job.config, folder, identity)
     if job.module.calibrated != "latents":
         if not job.module.calibrated:
@@ -162,8 +167,9 @@ def _pixels(source: str, count: int, progress: Progress) -> "list[Tensor]":
     return pixels
 
 
-def losses_identity(stage: PruneStage, subject: Subject, more: Sequence[object] = ()) -> str:
-    """Of everything that losses depend on, beside call and cuts. more: that only some of them depend on."""
+def losses_identity(stage: PruneStage, subject: Subject, more: Sequence[object] = (), *, chunked: bool = True) -> str:
+    """Of everything that losses depend on, beside call and cuts. more: that only some of them depend on. chunked: by the last
+    bits of what is computed at once, too."""
     from ..core.candidate import Scheduler
     from ..evaluate._images import Images
 
@@ -171,7 +177,7 @@ def losses_identity(stage: PruneStage, subject: Subject, more: Sequence[object] 
     given = stage.data not in (None, "teacher")
     parts = [
         __version__, model.fingerprint, Scheduler.of(model.pipe.scheduler).plain(), subject.conditions.hash, subject.call,
-        subject.context.recipe.seed, stage.calibration, stage.times, model.dtype, model.device.partition(":")[0], options.chunk,
+        subject.context.recipe.seed, stage.calibration, stage.times, model.dtype, model.device.partition(":")[0], options.chunk if chunked else None,
         Images(Path(subject.context.path(str(stage.data)))).signature() if given else None, *more,
     ]  # fmt: skip
     return hashlib.sha256(canonical(parts).encode()).hexdigest()

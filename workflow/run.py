@@ -24,7 +24,7 @@ from .context import Context, Options, Progress
 
 # One contract for every verb: run_stage(stage, artifact_in, folder, context) -> artifact_out.
 ENVIRONMENT = "environment.json"
-KEPT = ("trials.journal", "scores.jsonl", "checkpoint.pt", artifact.MANIFEST)  # files that hold work
+KEPT = ("trials.journal", "scores.jsonl", "checkpoint.pt", "learning.pt", artifact.MANIFEST)  # files that hold work
 REMEMBERED = ("device", "dtype", "offload", "chunk", "storage")  # options that `lissom run RUN_DIR` takes from the first run
 STAGES: dict[str, Callable[[Any, Artifact, Path, Context], Artifact]] = {
     "search": search.run_stage,

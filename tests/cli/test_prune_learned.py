@@ -1,7 +1,6 @@
 """`lissom prune masks` and `tinyfusion`: bad input in one sentence; learning that fails keeps its last good state."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -185,8 +184,12 @@ def test_an_update_that_explodes_leaves_the_model_and_the_last_good_state(
     assert state(here / "run")["restarts"] == 1 and weights.read_bytes() == before
 
 
+drawn: list[dict[str, torch.Tensor]] = []
+
+
 def closing(self: Trajectories, positions: Sequence[int], given: Any) -> torch.Tensor:
     """A distance that every open gate makes larger: without a target all of them would close."""
+    drawn.append({address: factors.detach() for address, (_, factors) in given.items()})
     return 1e3 * torch.stack([factors.sum() for _, factors in given.values()]).sum()
 
 
@@ -194,7 +197,8 @@ def test_gates_cannot_collapse_whatever_the_distance_pulls_to(here: Path, home: 
     monkeypatch.setattr(Trajectories, "distance", closing)
     ended = lissom(*words(home, "masks", "sd", "--keep", "0.95", iterations=30, rate=1.0), "--out", "run")
     gates = load_file(here / "run" / "gates.safetensors")
-    assert any(float(values.max()) > 0 for values in gates.values())
+    open_ones = [float(torch.cat(list(one.values())).gt(0).double().mean()) for one in drawn]
+    assert len(open_ones) == 30 and min(open_ones) > 0.4 and gates  # five of at most seventeen per cent go
     assert ended.exit_code == 0, ended.output
     report = json.loads((here / "run" / "report.json").read_text())
     assert report["cuts"] and 0.9 * report["before"]["params"] < report["after"]["params"] <= 0.95 * report["before"]["params"]
@@ -206,5 +210,5 @@ def test_gates_that_stay_half_open_are_warned_of_and_kept(keep: str, here: Path,
     assert "gates are half open: learn for longer" in ended.stderr
     gates = load_file(here / "run" / "gates.safetensors")
     every = torch.cat(list(gates.values()))
-    assert float(every.max() - every.min()) < 1e-3 and float(every.abs().max()) < math.log(9)
+    assert float(every.max() - every.min()) < 1e-3 and float(every.abs().max()) < 1.34
     assert ended.exit_code == 0, ended.output

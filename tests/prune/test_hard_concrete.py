@@ -145,6 +145,13 @@ def test_the_shift_has_the_gradient_of_the_solution() -> None:
     assert all(one.grad is not None and bool((one.grad.abs() < 1e-9).all()) for one in leaves)
 
 
+@pytest.mark.parametrize("far", [1e8, 1e20])
+def test_the_shift_of_gates_that_are_far_off_ends_too(far: float) -> None:
+    """At learning rates that are far too high."""
+    found = shift([torch.full((3,), far), torch.full((2,), -far)], [1.0, 1.0], 2.0, 1e-8)
+    assert bool(found.isfinite()) and abs(float(found)) <= 2 * far
+
+
 @pytest.mark.parametrize("delta", [0.5, 1.0])
 def test_gates_beyond_the_end_of_the_noise_pay_too(delta: float) -> None:
     """They are surely open or shut, and still what is shifted moves by them."""

@@ -1,4 +1,4 @@
-"""Learned masks: the target that gates are steered to, what is cut, and how learning goes on or fails."""
+"""Learned masks: the target that gates keep, what is cut, and how learning goes on or fails."""
 
 import math
 import random
@@ -28,7 +28,7 @@ class Made:
 
     device = "cpu"
     folder = Path("run")
-    chunk = 64
+    chunk, by_block = 64, False
 
     def __init__(self, worth: Mapping[str, Sequence[float]], broken: Callable[[int], bool] = lambda call: False) -> None:
         self.worth = {address: torch.tensor(values) for address, values in worth.items()}
@@ -101,15 +101,43 @@ def test_what_is_worth_little_goes_and_the_target_is_met_within_one_unit() -> No
     ]
 
 
-def test_gates_are_steered_to_the_target_before_they_are_cut() -> None:
-    """The expected saving of what is kept is the target's: neither more nor less is closed."""
+def test_in_every_step_gates_save_what_the_target_asks_for() -> None:
+    """On average over the draws: while it rises and then, whatever the distance pulls to; and so does what is kept."""
     lesson = Made(WORTH)
-    learned(lesson, need=84.0, iterations=150, settle=0.0)
+    learned(lesson, need=84.0, iterations=400, settle=0.0, ramp=0.5, rate=0.05)
+    saved = [30.0 * float((one["attn"] == 0).sum()) + 4.0 * float((one["ff"] == 0).sum()) for one in lesson.seen]
+    rising, there = saved[:200], saved[200:]
+    assert sum(rising) / 200 == pytest.approx(42.0, rel=0.15) and sum(there) / 200 == pytest.approx(84.0, rel=0.1)
+    assert sum(rising[:50]) / 50 == pytest.approx(10.5, abs=7)
     closed = sum(
         PRICE[what] * float((1 - _hard_concrete.alive(lesson.kept[name], 1e-8)).sum())
         for name, what in (("attn keep_heads", "keep_heads"), ("ff keep_units", "keep_units"))
     )
     assert closed == pytest.approx(84.0, rel=1e-4)
+
+
+@pytest.mark.parametrize(("settle", "shares"), [(0.0, [1.0] * 8), (0.5, [1.0] * 5 + [0.75, 0.5, 0.25])])
+def test_in_the_last_part_the_rate_falls_to_nothing(
+    settle: float, shares: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a killed run goes on."""
+    monkeypatch.setattr("lissom.prune._learning.SAVE_SECONDS", 0.0)
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def watched(self: Any, *args: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    lesson = Made(WORTH)
+    lesson.kill_at = 6
+    with pytest.raises(Killed):
+        learned(lesson, iterations=8, settle=settle, rate=0.2)
+    lesson.kill_at, lesson.steps = math.inf, []
+    learned(lesson, iterations=8, settle=settle, rate=0.2)
+    again = lesson.steps.count(False)
+    assert rates == pytest.approx([0.2 * share for share in [*shares[:6], *shares[again:]]]) and again == 5
 
 
 def test_the_last_part_learns_with_the_gates_that_will_be_cut() -> None:
@@ -192,7 +220,7 @@ def test_a_nan_goes_back_once_and_then_says_so() -> None:
 
 
 def test_gates_that_stay_half_open_are_said() -> None:
-    found = learned(Made(WORTH), iterations=1)
+    found = learned(Made(WORTH), need=30.0, iterations=1)
     assert "16 of 16 gates are half open" in found.warnings[0]
 
 

@@ -138,7 +138,7 @@ def test_gates_that_cost_alike_compete_by_what_they_are_worth() -> None:
     assert set(cut.value) >= set(range(8, 12)) and gates[-4:].min() > 0 > gates[:4].max()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("need", [30.0, 84.0])
+@pytest.mark.parametrize("need", [20.0, 40.0])
 def test_gates_that_are_all_half_open_are_cut_to_the_target_with_a_warning(need: float) -> None:
     lesson = Made({address: [0.0] * len(values) for address, values in WORTH.items()})
     found = learned(lesson, need=need, iterations=1, rate=1e-3)
@@ -200,12 +200,15 @@ def test_a_gradient_that_is_not_finite_ends_the_same_way() -> None:
 
 
 @pytest.mark.parametrize("delta", [0.1, 0.5, 1.0])
-def test_gates_come_to_the_target_at_the_published_ends_of_the_noise(delta: float) -> None:
+def test_gates_keep_the_target_at_the_published_ends_of_the_noise(delta: float) -> None:
+    """What is handed on exactly, what was drawn on average."""
     lesson = Made(WORTH)
-    learned(lesson, need=84.0, iterations=150, settle=0.0, delta=delta)
+    learned(lesson, need=84.0, iterations=300, settle=0.0, delta=delta)
     kinds = (("attn keep_heads", "keep_heads"), ("ff keep_units", "keep_units"))
     shut = sum(PRICE[what] * float((1 - alive(lesson.kept[name], delta)).sum()) for name, what in kinds)
     assert shut == pytest.approx(84.0, rel=1e-4)
+    drawn = [30.0 * float((one["attn"] == 0).sum()) + 4.0 * float((one["ff"] == 0).sum()) for one in lesson.seen[150:]]
+    assert sum(drawn) / 150 == pytest.approx(84.0, rel=0.12)
 
 
 @pytest.mark.parametrize("need", [0.5, 134.0])

@@ -29,7 +29,7 @@ class Made:
     """A Lesson: made-up samples whose answers come from the model without some blocks."""
 
     device = "cpu"
-    chunk = 64
+    chunk, by_block = 64, False
 
     def __init__(
         self, denoiser: Any, hidden: Sequence[int], broken: Callable[[int, int], bool] = lambda at, salt: False
