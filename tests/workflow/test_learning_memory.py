@@ -125,10 +125,6 @@ def test_a_single_sample_that_does_not_fit_is_the_end(
     assert (tmp_path / "run" / "recipe.yaml").is_file() and (tmp_path / "run" / "learning.pt").is_file()
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("method", ["tinyfusion", "masks"])
 def test_what_was_killed_for_lack_of_memory_goes_on_with_less(
     method: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -137,14 +133,8 @@ def test_what_was_killed_for_lack_of_memory_goes_on_with_less(
     monkeypatch.setattr("lissom.prune._learning.SAVE_SECONDS", 0.0)
     whole = learned(method, home, tmp_path / "whole", 64)
 
-    class Dying(small.Watched):
-        def advance(self, note: str = "", *, fresh: bool = True) -> None:
-            self.said.append(note)
-            if sum(one.startswith("loss ") for one in self.said) == 2:
-                raise Killed
-
-    with pytest.raises(Killed):
-        learned(method, home, tmp_path / "run", 64, Dying())
+    with pytest.raises(small.Killed):
+        learned(method, home, tmp_path / "run", 64, small.Dying())
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     sizes = Sizes(monkeypatch)
     assert alike(learned(method, home, tmp_path / "run", 1, resume=True), whole) and sizes.seen

@@ -122,17 +122,6 @@ def test_what_cannot_be_followed_is_refused_before_anything(scheduler: str, tmp_
     assert "\n" not in str(e.value) and not (tmp_path / "run" / "learning.pt").exists()
 
 
-class Killed(Exception):
-    pass
-
-
-class Dying(small.Watched):
-    def advance(self, note: str = "", *, fresh: bool = True) -> None:
-        self.said.append(note)
-        if sum(one.startswith("loss ") for one in self.said) == 2:
-            raise Killed
-
-
 @pytest.mark.parametrize("name", ["ddpm, no generators", "lcm"])
 def test_learning_with_such_a_solver_can_be_had_again_bit_for_bit(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -145,10 +134,10 @@ def test_learning_with_such_a_solver_can_be_had_again_bit_for_bit(
     gates, cuts = [], []
     for seed, way in enumerate(("once", "again", "killed")):
         torch.manual_seed(seed)
-        out, progress = tmp_path / way, Dying() if way == "killed" else small.Watched()
+        out, progress = tmp_path / way, small.Dying() if way == "killed" else small.Watched()
         context = Context(parse(text, "r"), tmp_path, Options(device="cpu"), progress)
         if way == "killed":
-            with pytest.raises(Killed):
+            with pytest.raises(small.Killed):
                 run(context.recipe, text, out, context, resume=False, single=True)
             assert (out / "learning.pt").is_file() and not (out / "gates.safetensors").exists()
             context = Context(parse(text, "r"), tmp_path, Options(device="cpu"), small.Watched())

@@ -21,10 +21,6 @@ STAGE: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Killed(Exception):
-    pass
-
-
 def text(model: str = "zoo:fashion-dit", **stage: Any) -> str:
     stages = [{key: value for key, value in {**STAGE, **stage}.items() if value is not None}]
     return json.dumps({"lissom": 1, "model": model, "stages": stages})
@@ -60,14 +56,8 @@ def test_a_killed_run_decides_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("lissom.prune._learning.SAVE_SECONDS", 0.0)
     straight = prune(tmp_path / "straight", text())
 
-    class Dying(small.Watched):
-        def advance(self, note: str = "", *, fresh: bool = True) -> None:
-            self.said.append(note)
-            if sum(one.startswith("loss ") for one in self.said) == 2:
-                raise Killed
-
-    with pytest.raises(Killed):
-        prune(tmp_path / "killed", text(), Dying())
+    with pytest.raises(small.Killed):
+        prune(tmp_path / "killed", text(), small.Dying())
     assert (tmp_path / "killed" / "learning.pt").is_file()
     again = prune(tmp_path / "killed", text(), resume=True)
     assert again.cuts == straight.cuts and again.spent["learning_steps"] < 4
