@@ -177,7 +177,8 @@ def losses_identity(stage: PruneStage, subject: Subject, more: Sequence[object] 
     given = stage.data not in (None, "teacher")
     parts = [
         __version__, model.fingerprint, Scheduler.of(model.pipe.scheduler).plain(), subject.conditions.hash, subject.call,
-        subject.context.recipe.seed, stage.calibration, stage.times, model.dtype, model.device.partition(":")[0], options.chunk if chunked else None,
+        subject.context.recipe.seed, stage.calibration, stage.times, model.dtype, model.device.partition(":")[0],
+        options.chunk if chunked else None,
         Images(Path(subject.context.path(str(stage.data)))).signature() if given else None, *more,
     ]  # fmt: skip
     return hashlib.sha256(canonical(parts).encode()).hexdigest()
